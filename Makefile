@@ -1,7 +1,9 @@
 # The README's two commands, and what they need. Everything is installed inside this folder, except missing Debian
 # packages; without root these are named, not installed.
 #
-#   make quickstart   the whole pipeline on text and lexical relations from WordNet; no GPU, no model hub
+#   make quickstart   the whole pipeline: distils SmolLM2-135M-Instruct on text and lexical relations from WordNet; no GPU,
+#                     no model hub. CONFIG=FILE runs another config. Without a network it runs configs/toy.yaml
+#   make smollm2      only fetches that model, 98 MB, to work/models
 #   make test         formatter, linter, type checker and test suite
 #   make test-fast    the same without the tests that start ranks, servers or the whole pipeline
 #   make test-cluster the tests that need a cluster: two hosts with a SLURM, made on this machine; needs root
@@ -13,18 +15,26 @@
 
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-CONFIG ?= configs/quickstart.yaml
+CONFIG ?=
 CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge numactl
 PY     := $(VENV)/bin/python
 # Tests of one file share what they have made, so each file goes to one of two workers; most tests wait for something.
 # Skipped tests are listed with their reasons.
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs $(ARGS)
 
-.PHONY: quickstart test test-fast test-cluster test-nvme check docs models env wordnet browser clean
+.PHONY: quickstart smollm2 test test-fast test-cluster test-nvme check docs models env wordnet browser clean
 .DELETE_ON_ERROR:
 
+# The config is CONFIG or the quickstart, and a toy if the quickstart's teacher cannot be fetched.
 quickstart: env wordnet
-	$(PY) launcher/pipeline.py --config $(CONFIG)
+	@config="$(CONFIG)"; if [ -z "$$config" ]; then config=configs/quickstart.yaml; \
+		{ why=$$($(PY) -m dskd smollm2 2>&1 >&3) || { config=configs/toy.yaml; \
+			echo "make: $${why#error: }; instead, $$config runs, with a small teacher trained from scratch" >&2; }; \
+		} 3>&1; fi; \
+	echo "$(PY) launcher/pipeline.py --config $$config"; $(PY) launcher/pipeline.py --config "$$config"
+
+smollm2: env
+	@$(PY) -m dskd smollm2
 
 test: check wordnet browser
 	$(PYTEST) -m "not cluster"

@@ -2,7 +2,7 @@
 
 The points are the states of each token that `launcher/build_senses.py … senses.keep_states=true` sampled:
 
-    python -m benchmarks.kmeans --states work/quickstart/.states.partial --k 5 10
+    python -m benchmarks.kmeans --states work/toy/.states.partial --k 5 10
 """
 
 import sys

@@ -26,7 +26,7 @@ import torch
 from dskd.artifacts.manifest import write_json
 from dskd.console import table
 from dskd.distributed.rendezvous import free_port
-from dskd.distributed.world import uses_gpu
+from dskd.distributed.world import LAUNCHER_VARIABLES, uses_gpu
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _IDLE_LOAD = 0.3  # highest load of an idle machine
@@ -215,12 +215,17 @@ EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_ARENA_MAX": "1"}
 
 
 def run_child(module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Any:
-    """Runs a benchmark's module in a child process, and returns what it passes to :func:`print_result`."""
+    """Runs a benchmark's module in a child process, and returns what it passes to :func:`print_result`.
+
+    The child is a rank of its own: it does not get the variables of the job that this process may have become, whose
+    port this process still holds.
+    """
     command = [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)]
     finished = subprocess.run(
         command,
         cwd=REPOSITORY,
-        env={**os.environ, **(environment or {})},
+        env={name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+        | dict(environment or {}),
         check=False,
         stdout=subprocess.PIPE,
         text=True,

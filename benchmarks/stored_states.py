@@ -4,7 +4,7 @@ Reads the columns of states from shards that `launcher/annotate.py` wrote with `
 samples once more as shards, compressed and not. By way of comparison it also compresses planes of the numbers' first,
 second, … bytes, of which the first, with sign and exponent, are much alike; the shards' format has no such planes:
 
-    python -m benchmarks.stored_states --shards work/quickstart/shards/train
+    python -m benchmarks.stored_states --shards work/toy/shards/train
 """
 
 import argparse

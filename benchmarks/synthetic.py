@@ -5,6 +5,7 @@ antonyms; such a token is the target of about 17 % of the positions.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,22 +27,29 @@ def draw_tokens(count: int, length: int, vocab_size: int, seed: int = 0) -> np.n
     return random.choice(vocab_size, (count, length), p=frequency / frequency.sum()).astype(np.int32)
 
 
-def write_teacher(folder: Path, shape: Shape, device: torch.device) -> None:
-    """Writes a Hugging Face folder with a Llama of this shape in bf16, and a tokenizer that knows no words."""
-    from tokenizers import Tokenizer, models
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+def llama_config(shape: Shape, num_layers: int) -> Any:
+    """Returns the config of a Llama with the sizes of a shape."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.teacher_layers,
+        num_hidden_layers=num_layers,
         num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_kv_heads,
         max_position_embeddings=shape.sequence_length + _GENERATED,
         bos_token_id=0,
         eos_token_id=0,
     )
+
+
+def write_teacher(folder: Path, shape: Shape, device: torch.device) -> None:
+    """Writes a Hugging Face folder with a Llama of this shape in bf16, and a tokenizer that knows no words."""
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    config = llama_config(shape, shape.teacher_layers)
     torch.manual_seed(0)
     with device:  # on the GPU if there is one, which draws billions of random numbers faster
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

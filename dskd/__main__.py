@@ -4,12 +4,25 @@ import argparse
 import sys
 
 from dskd import __version__
-from dskd.cli import compare, config, export, inspect, lexicon, plan, preflight, senses, status, student, wordnet
+from dskd.cli import (
+    compare,
+    config,
+    export,
+    inspect,
+    lexicon,
+    plan,
+    preflight,
+    senses,
+    smollm2,
+    status,
+    student,
+    wordnet,
+)
 from dskd.cli.program import parse, run
 from dskd.console import allow_any_text
 from dskd.distributed.world import leave_launcher
 
-VERBS = (lexicon, student, export, config, wordnet, status, preflight, compare, inspect, plan, senses)
+VERBS = (lexicon, student, export, config, wordnet, smollm2, status, preflight, compare, inspect, plan, senses)
 ACTIONS = {"inspect": "WHAT", "senses": "ACTION"}  # verbs with verbs of their own, and what their help calls these
 PROGRAMS = ("build_senses", "annotate", "train", "evaluate", "pipeline")  # of launcher/, which users may try as verbs
 DESCRIPTION = """

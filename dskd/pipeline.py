@@ -6,6 +6,7 @@ killed.
 """
 
 import functools
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,9 +33,11 @@ from dskd.distributed import stopping
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.evaluation import held_out_text, tasks
+from dskd.evaluation.model_cards import update_cards
+from dskd.inspection.examples import describe_examples
 from dskd.lexicon import build as lexicon
 from dskd.models.architecture import check_architecture
-from dskd.models.folder import ModelFolder, find_pretrained_student, find_teacher
+from dskd.models.folder import ModelFolder, find_pretrained_student, find_teacher, load_tokenizer
 from dskd.models.gguf import teacher as gguf_teacher
 from dskd.models.limits import vocabulary_size
 from dskd.models.trained import trained_layers
@@ -42,8 +45,7 @@ from dskd.senses import build as senses
 from dskd.shards import annotate
 from dskd.students import student
 from dskd.students.copies import copies_are_current
-from dskd.students.measuring import measure_importance
-from dskd.training import checkpoint, export, inputs, teacher_from_scratch
+from dskd.training import checkpoint, export, inputs, model_card, teacher_from_scratch
 
 LOCK = ".pipeline.lock"  # in the work directory
 
@@ -58,7 +60,7 @@ class Stage:
 
 
 def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = None) -> None:
-    """Brings every artifact of the config up to date, and prints the comparison unless `until` names the last stage to
+    """Brings every artifact of the config up to date, and prints the results unless `until` names the last stage to
     run.
 
     Raises:
@@ -100,9 +102,9 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     if current:
         say(f"up to date: {', '.join(current)}")
     if until is None:
+        update_cards(config)
         print(
-            f"\n{compare_or_explain(config)}\n\nPipeline finished in {time.perf_counter() - started:.0f} s.",
-            flush=True,
+            f"\n{describe_results(config)}\n\nPipeline finished in {time.perf_counter() - started:.0f} s.", flush=True
         )
 
 
@@ -138,14 +140,11 @@ def plan_stages(
         recipe = student.recipe(config, teacher())
         return is_current(config.path(kinds.STUDENT.folder), recipe) and copies_are_current(config, teacher())
 
-    def build_student() -> None:
-        student.build_student(config, measure_importance)
-
     stages = [
         stage(kinds.LEXICON, lambda: lexicon.recipe(config), lambda: lexicon.build_lexicon(config)),
         stage(kinds.CORPUS, lambda: corpus.recipe(config), lambda: corpus.build_corpus(config)),
         stage(kinds.SEQUENCES, lambda: sequences.recipe(config, teacher().tokenizer_digest), build_sequences),
-        Stage(kinds.STUDENT.name, student_is_current, build_student),
+        Stage(kinds.STUDENT.name, student_is_current, lambda: student.build_student(config)),
         Stage("senses", senses_are_current, ranks("build_senses.py")),
         Stage("shards", shards_are_current, ranks("annotate.py")),
     ]
@@ -195,13 +194,36 @@ def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
     ]
 
 
+def describe_results(config: Config) -> str:
+    """Returns what the pipeline prints at its end: the comparison with what the models say, the senses of a few words,
+    and the exported models, with a program that uses one.
+    """
+    parts = [compare_or_explain(config)]
+    try:
+        parts.append(describe_examples(config))
+    except UserError as problem:  # such as a dictionary that was removed since; nothing that was made depends on it
+        parts.append(f"No senses to show: {problem}")
+    folders = {run: config.path(kinds.EXPORT.folder, run) for run in config.run_names}
+    width = max(map(len, folders))
+    exported = "\n".join(f"  {run.ljust(width)}  {folder}" for run, folder in folders.items())
+    shown = folders.get(config.run) or [*folders.values()][-1]
+    has_template = bool(load_tokenizer(shown, trust_remote_code=config.teacher.trust_remote_code).chat_template)
+    program = textwrap.indent(model_card.chat_program(str(shown), has_template), "  ")
+    parts.append(
+        f"Trained students, which transformers loads, each with a model card (README.md):\n{exported}\n\n"
+        f"{'Chat with one' if has_template else 'Let one continue a text'}, in Python:\n{program}"
+    )
+    return "\n\n".join(filter(None, parts))
+
+
 def compare_or_explain(config: Config) -> str:
-    """Returns the comparison or, if earlier tracked runs were evaluated on other data, the reason why there is none.
+    """Returns the comparison with what the models say or, if earlier tracked runs were evaluated on other data, the
+    reason why there is none.
 
     That is not a failure of the pipeline, since all artifacts exist.
     """
     try:
-        return compare(config)
+        return compare(config, with_texts=True)
     except DifferentDataError as error:
         return f"Not compared: {error}"
 

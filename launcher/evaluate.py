@@ -56,12 +56,14 @@ def main() -> None:
     def work(config: Config, world: World) -> None:
         # Imported here so that --help does not wait for torch.
         from dskd.distributed.collectives import on_main
+        from dskd.evaluation.model_cards import update_cards
         from dskd.evaluation.models import require_exports
 
         if not args.models:
             run_is_named = any(override.startswith("run=") for override in args.overrides)
             on_main(lambda: require_exports(config, run_is_named=run_is_named))
         program.run(config, world, request)
+        on_main(lambda: update_cards(config))
 
     run_on_ranks(args, work)
 

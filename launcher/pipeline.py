@@ -1,4 +1,5 @@
-"""Runs all stages in order, skipping what is up to date, and prints the comparison.
+"""Runs all stages in order, skipping what is up to date, and prints the comparison, what the models say, the senses of
+three words, and where the trained students are.
 
 Stages: lexicon, written (if the teacher writes the text), corpus, teacher (first, if it is a GGUF file), sequences,
 student, senses, shards; `train RUN` and `export RUN` for every run; evaluation; tasks, if the config's
@@ -13,8 +14,7 @@ from dskd.distributed.world import leave_launcher
 EPILOG = """
 examples:
   python launcher/pipeline.py --config configs/quickstart.yaml
-  python launcher/pipeline.py --config configs/quickstart.yaml workdir=work/mine teacher.train_from_scratch=null \\
-      teacher.path=FOLDER
+  python launcher/pipeline.py --config configs/quickstart.yaml workdir=work/mine teacher.path=FOLDER
   python launcher/pipeline.py --config FILE --until teacher      makes the teacher of teacher.path: MODEL.gguf, no more
   python launcher/pipeline.py --config FILE --until student      the stages that need no ranks
 

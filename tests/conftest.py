@@ -21,6 +21,7 @@ from cluster_lab.slurm import Slurm
 from rank_processes import IMPORTED_LATE
 from tiny_work import NO_RUNS, copy_work, make_database, make_tiny
 
+from dskd.__main__ import main
 from dskd.distributed.rendezvous import initialize
 from dskd.distributed.world import LAUNCHER_VARIABLES, World
 from dskd.tracking import tracker
@@ -184,6 +185,22 @@ def slurm(lab: Lab) -> Iterator[Slurm]:
 def copy_of_tiny(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes a config with a work directory that begins with some of the artifacts of `tiny`."""
     return functools.partial(copy_work, tiny, tmp_path)
+
+
+@pytest.fixture
+def dskd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a verb in this process; returns its exit code, and what it prints to standard output and error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dskd", *map(str, arguments)])
+        try:
+            code = main()
+        except SystemExit as ended:  # argparse prints a help or refuses an option
+            code = ended.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
 
 
 @pytest.fixture

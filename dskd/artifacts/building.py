@@ -120,7 +120,7 @@ class Building:
 
     def release(self) -> None:
         """Releases the lock, so that other processes can build the artifact."""
-        release_lock(_lock(self.path))
+        release_lock(artifact_lock(self.path))
 
 
 def was_made_meanwhile(path: Path, recipe: Recipe) -> bool:
@@ -132,7 +132,7 @@ def was_made_meanwhile(path: Path, recipe: Recipe) -> bool:
     _hold(path)
     if not is_current(path, recipe):
         return False
-    release_lock(_lock(path))
+    release_lock(artifact_lock(path))
     say(f"  kept: {path}, which another process has made in the meantime")
     return True
 
@@ -140,7 +140,7 @@ def was_made_meanwhile(path: Path, recipe: Recipe) -> bool:
 def remove_partial(path: Path) -> None:
     """Removes what an interrupted build of the artifact left, unless another process is building it."""
     if _partial_folder(path).exists():
-        with lock_if_free(_lock(path)) as is_free:
+        with lock_if_free(artifact_lock(path)) as is_free:
             if is_free:
                 remove_tree(_partial_folder(path))
 
@@ -150,11 +150,12 @@ def _partial_folder(path: Path) -> Path:
     return real.with_name(f".{real.name}.partial")
 
 
-def _lock(path: Path) -> Path:
+def artifact_lock(path: Path) -> Path:
+    """Returns the path of the lock that a process holds while it makes the artifact at `path`."""
     real = real_place(path)  # two work directories may have links to one folder
     return real.with_name(f".{real.name}.lock")
 
 
 def _hold(path: Path) -> None:
     require_replaceable(path)
-    hold_lock(_lock(path), f"makes {path}", wait_s=LOCK_PATIENCE_S)
+    hold_lock(artifact_lock(path), f"makes {path}", wait_s=LOCK_PATIENCE_S)

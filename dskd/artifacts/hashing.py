@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 MANIFEST_NAME = "manifest.json"
+MODEL_CARD_NAME = "README.md"
 
 
 def hash_files(
@@ -16,8 +17,9 @@ def hash_files(
 ) -> dict[str, dict[str, Any]]:
     """Computes the sha256 and size of every file under `folder`, in the order of their names.
 
-    Leaves out the manifest and the notes (names that begin with a dot). With `only`, reads just the files it names.
-    Reads no file whose sha256 is `known`.
+    Leaves out the manifest, the notes (names that begin with a dot), and a model card: it is made from the manifest,
+    and made again when there are results to add. With `only`, reads just the files it names. Reads no file whose
+    sha256 is `known`.
     """
     names = sorted(only) if only is not None else sorted(_names(folder))
     with ThreadPoolExecutor(max_workers=8) as pool:  # threads suffice: hashlib releases the interpreter's lock
@@ -31,7 +33,11 @@ def hash_files(
 def _names(folder: Path) -> Iterator[str]:
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
-        if path.is_file() and str(name) != MANIFEST_NAME and not any(part.startswith(".") for part in name.parts):
+        if (
+            path.is_file()
+            and str(name) not in (MANIFEST_NAME, MODEL_CARD_NAME)
+            and not any(part.startswith(".") for part in name.parts)
+        ):
             yield str(name)
 
 

@@ -7,6 +7,7 @@ student    makes the student, or shows which layers it could keep
 export     makes a Hugging Face model from a checkpoint
 config     explains the keys, or checks a file
 wordnet    finds WordNet on this machine
+smollm2    fetches the teacher of configs/quickstart.yaml
 status     prints how far a run is trained
 preflight  checks the nodes of a job
 plan       predicts memory, time and disk space

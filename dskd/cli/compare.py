@@ -25,6 +25,7 @@ examples:
   dskd compare --config FILE --run kd --run dskd --html report.html               these runs, and a report in one file
   dskd compare --config FILE --run 0a1b2c3d4e5f60718293a4b5c6d7e8f9 --run dskd    one by its id in MLflow
   dskd compare --config FILE --experiment kd --experiment dskd                    all settings of two experiments
+  dskd compare --config FILE --texts                                              and what the models say
   dskd compare --config FILE --tag evaluation_data=HASH --baseline kd             what was evaluated on this data
   dskd compare --config FILE --without lexical                                    without some results
   dskd compare --config FILE --without-measures                                   settings, speed and cost only
@@ -60,6 +61,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="also write a report: one file, which needs no network"
     )
+    parser.add_argument("--texts", action="store_true", help="also print how each model continues the same few prompts")
     parser.add_argument(
         "--without",
         action="append",
@@ -92,7 +94,7 @@ def run_compare(args: argparse.Namespace) -> None:
     without = list(EVALUATIONS) if args.without_measures else args.without
     selection = Selection(args.experiment, args.run, tags)
     comparison = make_comparison(config, selection, baseline=args.baseline, without=without)
-    print(summarize(comparison))
+    print(summarize(comparison, with_texts=args.texts))
     if args.html is not None:
         write_report(comparison, args.html)
         print(f"Report: {args.html}")

@@ -31,7 +31,6 @@ def run_student(args: argparse.Namespace) -> None:
 
         print(explain_layers(config))
         return
-    from dskd.students.measuring import measure_importance
     from dskd.students.student import build_student
 
-    build_student(config, measure_importance)
+    build_student(config)

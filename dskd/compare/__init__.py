@@ -5,6 +5,7 @@ This file imports nothing, so that the `dskd` command starts fast. The modules, 
 choosing     chooses tracked runs by experiment, tag, name or id
 groups       groups runs that differ only in their seed
 results      reads what runs scored in each evaluation, and refuses results from different data
+texts        reads how the models continue a few prompts
 metrics      reads the last and best values and the histories of training from the tracking server
 statistics   intervals over seeds, and paired tests
 group_tests  tests each group against the baseline

@@ -11,7 +11,8 @@ from dskd.errors import UserError
 from dskd.tracking import KIND_TAG, PARENT, TrackedRun, read_run, read_runs
 
 # Settings for where and how a run is made. They may differ within one and the same experiment.
-_IGNORED_PARAMS, _IGNORED_SECTIONS = ("run", "workdir", "seeds"), ("runs.", "tracking.")
+_SHOWN_TEXTS = ("evaluation.prompts", "evaluation.samples", "evaluation.sample_tokens")  # they change no measure
+_IGNORED_PARAMS, _IGNORED_SECTIONS = ("run", "workdir", "seeds", *_SHOWN_TEXTS), ("runs.", "tracking.")
 SEED = "seed"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _SHORT_ID = re.compile(r"[0-9a-f]{8,31}$")  # the beginning of a run's id, as comparisons print it

@@ -9,6 +9,7 @@ from dskd.compare.group_tests import Test, test_groups
 from dskd.compare.groups import Group, config_differences, group_runs
 from dskd.compare.metrics import EVALUATED, TERMS, Best, History, read_metrics
 from dskd.compare.results import Results, read_results
+from dskd.compare.texts import Text, read_texts
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.evaluation.scores_by_example import Examples, Measure
@@ -31,6 +32,7 @@ class Comparison:
     example_tests: Sequence[Test]
     seed_tests: Sequence[Test]
     notes: Sequence[str]
+    texts: Sequence[Text]  # what the models say, if the evaluation on held-out text is not left out
 
     @property
     def runs(self) -> list[TrackedRun]:
@@ -132,6 +134,8 @@ def make_comparison(
                     final.setdefault(f"{EVALUATED}{measure.name}", {})[run_id] = values[measure.name]
     with_values = [measure for name, measure in measures.items() if f"{EVALUATED}{name}" in final]
     per_example, per_seed = test_groups(groups, base, with_values, final)
+    held_out = next((evaluated for evaluated in results if evaluated.evaluation is HELD_OUT), None)
+    texts = [] if held_out is None else read_texts(config, runs, list(held_out.references))
     return Comparison(
         config,
         groups,
@@ -144,6 +148,7 @@ def make_comparison(
         per_example,
         per_seed,
         [*chosen.notes, *notes, *_notes(runs, results), *(note for evaluated in results for note in evaluated.notes)],
+        texts,
     )
 
 

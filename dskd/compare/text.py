@@ -1,5 +1,6 @@
 """The comparison as text for a terminal."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,12 +9,14 @@ from dskd.compare.comparison import Comparison, make_comparison
 from dskd.compare.group_tests import Test
 from dskd.compare.mlflow_link import mlflow_link
 from dskd.compare.pictures import draw_curves
+from dskd.compare.texts import Text
 from dskd.config import Config
 from dskd.console import table
 from dskd.errors import UserError
 from dskd.evaluation.table import HELD_OUT
 
 PICTURE = "curves.png"
+_WIDTH = 110  # characters of a line of text
 
 
 def format_comparison(comparison: Comparison, picture: Path | None) -> str:
@@ -88,16 +91,38 @@ def _groups_table(comparison: Comparison) -> str:
     return table(["", *(group.label for group in comparison.groups)], rows)
 
 
-def compare(config: Config) -> str:
+def format_texts(texts: Sequence[Text]) -> str:
+    """Formats prompts with the continuations of all models, one below the other."""
+    lines = ["The same prompts, continued by each model (the most probable token at each step):"]
+    for text in texts:
+        rows = [(wording.reference_label(name), said) for name, said in text.continuations]
+        rows += [("(the text itself)", text.itself)] if text.itself else []
+        width = max(len(name) for name, _ in rows)
+        lines += ["", textwrap.fill(text.prompt, _WIDTH)]
+        for name, said in rows:
+            begin = f"  {name.ljust(width)}  "
+            lines.append(
+                textwrap.fill(said or "(nothing)", _WIDTH, initial_indent=begin, subsequent_indent=" " * len(begin))
+            )
+    return "\n".join(lines)
+
+
+def compare(config: Config, *, with_texts: bool = False) -> str:
     """Returns the comparison of the newest run of each name as text; saves their curves in the work directory.
 
-    Raises the errors of :func:`dskd.compare.comparison.make_comparison`.
+    `with_texts` also shows what the models say. Raises the errors of
+    :func:`dskd.compare.comparison.make_comparison`.
     """
-    return summarize(make_comparison(config))
+    return summarize(make_comparison(config), with_texts=with_texts)
 
 
-def summarize(comparison: Comparison) -> str:
-    """Returns the comparison as text; saves the picture of its curves in the work directory, if that is writable."""
+def summarize(comparison: Comparison, *, with_texts: bool = False) -> str:
+    """Returns the comparison as text; saves the picture of its curves in the work directory, if that is writable.
+
+    `with_texts` also shows what the models say.
+    """
+    if with_texts and comparison.texts:
+        return f"{summarize(comparison)}\n\n{format_texts(comparison.texts)}"
     if not comparison.runs:
         return format_comparison(comparison, None)
     picture = comparison.config.path(PICTURE)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -10,6 +10,7 @@ from dskd.config.section import PathText, Section
 
 TaskName = Literal["arc_challenge", "commonsense_qa", "piqa", "mmlu", "squad_v2"]
 TASKS: tuple[TaskName, ...] = get_args(TaskName)
+Prompt = Annotated[str, Field(pattern=r"\S")]
 
 
 class EvaluationConfig(Section):
@@ -17,6 +18,11 @@ class EvaluationConfig(Section):
 
     batch_size: int = Field(16, ge=1, description="number of sequences in one forward pass")
     samples: int = Field(4, ge=0, description="number of held-out texts that every model continues; 0: none")
+    prompts: tuple[Prompt, ...] = Field(
+        (),
+        description="requests that every model answers in addition, through the chat template; without one, beginnings "
+        "of texts that it continues",
+    )
     sample_tokens: int = Field(24, ge=1, description="number of tokens of each continuation, chosen greedily")
     wic: PathText | None = Field(
         None,

@@ -228,7 +228,7 @@ class StudentConfig(Section):
                     f"spacing: importance chooses layers, and `layers` is already a list of them, {[*self.layers]}; "
                     "set layers to their number, or remove spacing and importance_samples"
                 )
-        yield from self._of_other_students()
+        yield from self._misplaced_keys()
         if self.train_layers == 0 and not (self.train_embeddings or self.train_final_norm or self.train_lm_head):
             yield "nothing would be trained; set train_layers to 1 or more"
         if self.origin == "path":  # the number of its layers is not known yet
@@ -244,7 +244,7 @@ class StudentConfig(Section):
         elif isinstance(trained, tuple) and (missing := sorted({layer for layer in trained if layer >= kept})):
             yield f"train_layers: the student has layers 0 to {kept - 1}, so there is no {missing}"
 
-    def _of_other_students(self) -> Iterator[str]:
+    def _misplaced_keys(self) -> Iterator[str]:
         """Yields messages about keys that are for another student than the one that the others choose."""
         if self.path is not None and self.from_config is not None:
             yield (

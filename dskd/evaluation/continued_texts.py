@@ -1,46 +1,101 @@
-"""The models' continuations of the same few held-out texts, side by side: `WORKDIR/evaluation/NAME/samples.{json,md}`.
+"""The models' continuations of the same few texts, side by side: `WORKDIR/evaluation/NAME/samples.{json,md}`.
 
-A prompt is the first half of a document of the validation shards, or of a chat what precedes its first answer, and
-every model continues it greedily.
+A prompt is a request of `evaluation.prompts`, through the chat template if there is one; or the first half of a
+document of the validation shards, or of a chat what precedes its first answer. Every model continues it greedily.
 `samples.json` is a table that `mlflow.load_table` reads; `samples.md` is the same table for people.
 """
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from dskd.artifacts.hashing import digest_of_json
 from dskd.artifacts.manifest import read_file, write_json
 from dskd.config import Config
+from dskd.corpus.tasks.prompts import Prompter
+from dskd.errors import UserError
+from dskd.evaluation.batching import padded
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel
-from dskd.models.generation import before_end, end_tokens, generate_greedily
+from dskd.models.generation import answer_ends, before_end, end_tokens, generate_greedily
+from dskd.models.limits import position_limit, vocabulary_size
+from dskd.models.tokenizing import require_known
 
 TABLE_FILE, TEXT_FILE = "samples.json", "samples.md"
 _PROMPT, _TEXT = "prompt", "the text itself"
 
 
-def settings(config: Config) -> dict[str, int]:
-    """Returns the part of the config that determines the samples; {} when the config asks for none."""
-    if not config.evaluation.samples:
+@dataclass(frozen=True)
+class Request:
+    """A request of `evaluation.prompts`, and its tokens."""
+
+    text: str
+    tokens: Sequence[int]
+
+
+def read_requests(config: Config, teacher: ModelFolder) -> list[Request]:
+    """Returns the requests with the tokens that all models read. Raises a UserError when the chat template raises an
+    error.
+    """
+    if not config.evaluation.prompts:
+        return []
+    prompter = Prompter(teacher.load_tokenizer())
+    return [Request(text, prompter.tokens(prompter.request(text))) for text in config.evaluation.prompts]
+
+
+def settings(config: Config, requests: Sequence[Request]) -> dict[str, Any]:
+    """Returns what determines the samples; {} when the config asks for none."""
+    if not (config.evaluation.samples or requests):
         return {}
-    return {"samples": config.evaluation.samples, "sample_tokens": config.evaluation.sample_tokens}
+    values: dict[str, Any] = {"samples": config.evaluation.samples, "sample_tokens": config.evaluation.sample_tokens}
+    if requests:  # not a key otherwise, so that results of configs without requests stay up to date
+        values["requests"] = digest_of_json([[request.text, request.tokens] for request in requests])
+    return values
 
 
 @dataclass(frozen=True)
 class Prompts:
     """Texts to continue: token ids [B, T], and how many tokens of each row are the prompt [B] and the document [B].
 
-    `num_tokens` is the number of tokens that a model adds.
+    `num_tokens` is the number of tokens that a model adds, and T - 1 the last position that it uses. `texts` are shown
+    as the prompts, if there are any, and otherwise the tokens.
     """
 
     input_ids: torch.Tensor
     prompt_lengths: torch.Tensor
     document_lengths: torch.Tensor
     num_tokens: int
+    texts: Sequence[str] = ()
+
+    @classmethod
+    def of_requests(cls, config: Config, requests: Sequence[Request], models: Sequence[ModelFolder]) -> "Prompts":
+        """Takes requests, which have no known answer.
+
+        Raises:
+            UserError: when a model lacks a token of a request, or positions for its answer.
+        """
+        added = config.evaluation.sample_tokens
+        lengths = torch.tensor([len(request.tokens) for request in requests])
+        for model in models if requests else ():
+            model_config = model.load_config()
+            limit, size = position_limit(model_config), vocabulary_size(model_config)
+            for number, request in enumerate(requests):
+                place = f"evaluation.prompts[{number}]"
+                require_known(request.tokens, size, model.load_tokenizer(), f"{place} for {model.path}")
+                if limit is not None and len(request.tokens) + added > limit:
+                    raise UserError(
+                        f"{place}: its {len(request.tokens)} tokens, with the chat template's, and the {added} of "
+                        f"evaluation.sample_tokens are more than the {limit} positions of {model.path}; shorten the "
+                        "prompt, or lower evaluation.sample_tokens"
+                    )
+        room = [0] * added  # for the positions of the answer
+        rows = padded([[*request.tokens, *room] for request in requests])
+        return cls(rows, lengths, lengths, added, [request.text for request in requests])
 
     @classmethod
     def of(cls, config: Config, batch: Mapping[str, torch.Tensor]) -> "Prompts":
@@ -65,7 +120,7 @@ class Prompts:
 
 
 def continue_prompts(model: FrozenModel, prompts: Prompts) -> list[list[int]]:
-    """Returns the token ids that the model adds to each prompt, without the end-of-text token and what follows it.
+    """Returns the token ids that the model adds to each prompt, without the token that ends it and what follows that.
 
     All ranks must call it.
     """
@@ -74,25 +129,35 @@ def continue_prompts(model: FrozenModel, prompts: Prompts) -> list[list[int]]:
     last = prompts.input_ids.shape[1] - 1
     added = generate_greedily(model, prompts.input_ids, prompts.prompt_lengths, prompts.num_tokens, last).tolist()
     _, ends = end_tokens(model.folder)
+    if prompts.texts:
+        ends = [*ends, *answer_ends(model.folder)]
     return [before_end(row, ends) for row in added]
 
 
 def write_samples(
-    folder: Path, *, teacher: ModelFolder, prompts: Prompts, continuations: list[list[int]], name: str, teachers: Path
+    folder: Path,
+    *,
+    teacher: ModelFolder,
+    prompts: Sequence[Prompts],
+    continuations: Sequence[list[int]],
+    name: str,
+    teachers: Path,
 ) -> None:
     """Writes the continuations of the model `name` into `folder`, in a column next to the teacher's.
 
-    `continuations` are the token ids that the model added to each prompt. `teachers` is the folder of the teacher's
-    evaluation; for the teacher it may not exist yet. All models use the tokenizer of `teacher`.
+    `continuations` are the token ids that the model added to each of all prompts. `teachers` is the folder of the
+    teacher's evaluation; for the teacher it may not exist yet. All models use the tokenizer of `teacher`.
     """
     tokenizer = teacher.load_tokenizer()
     columns: dict[str, list[str]] = {_PROMPT: [], _TEXT: []}
-    for row, start, end in zip(
-        prompts.input_ids, prompts.prompt_lengths.tolist(), prompts.document_lengths.tolist(), strict=True
-    ):
-        columns[_PROMPT].append(tokenizer.decode(row[:start], skip_special_tokens=True))
-        rest = row[start : min(end, start + prompts.num_tokens)]
-        columns[_TEXT].append(tokenizer.decode(rest, skip_special_tokens=True))
+    for group in prompts:
+        lengths = zip(group.prompt_lengths.tolist(), group.document_lengths.tolist(), strict=True)
+        for number, (start, end) in enumerate(lengths):
+            row = group.input_ids[number]
+            shown = group.texts[number] if group.texts else tokenizer.decode(row[:start], skip_special_tokens=True)
+            columns[_PROMPT].append(shown)
+            rest = row[start : min(end, start + group.num_tokens)]
+            columns[_TEXT].append(tokenizer.decode(rest, skip_special_tokens=True))
     if (table := read_file(teachers, TABLE_FILE)) is not None:
         samples = json.loads(table)
         index = samples["columns"].index("teacher")
@@ -101,6 +166,27 @@ def write_samples(
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     write_json(folder / TABLE_FILE, {"columns": list(columns), "data": rows})
     (folder / TEXT_FILE).write_text(_as_markdown(list(columns), rows), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The content of a file of samples: {prompt: text} of each model, and of the texts themselves."""
+
+    of_models: Mapping[str, Mapping[str, str]]
+    texts_themselves: Mapping[str, str]
+
+
+def read_samples(content: bytes) -> Samples:
+    """Reads the content of `samples.json`. Raises a ValueError when it is another file."""
+    try:
+        table = json.loads(content)
+        columns = dict(zip(table["columns"], zip(*table["data"], strict=True), strict=True)) if table["data"] else {}
+        prompts = columns.pop(_PROMPT, ())
+        of = {name: dict(zip(prompts, texts, strict=True)) for name, texts in columns.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"this is no table of samples ({error!r})") from None
+    of_texts = of.pop(_TEXT, {})
+    return Samples(of, of_texts)
 
 
 def _as_markdown(columns: list[str], rows: list[list[str]]) -> str:

@@ -61,13 +61,16 @@ class HeldOutInputs:
     dictionary: SenseDictionary
     senses: Manifest  # of the dictionary
     validation: Manifest  # of the shards
+    requests: Sequence[continued_texts.Request]  # that every model answers
 
 
 def open_inputs(config: Config, teacher: ModelFolder) -> HeldOutInputs:
     """Opens the sense dictionary and the manifest of the validation shards, unless one of them is missing or damaged
-    (UserError).
+    (UserError), and tokenizes the requests.
     """
-    return HeldOutInputs(teacher, *load_dictionary(config), shards.load_manifest(config, "validation"))
+    dictionary, senses = load_dictionary(config)
+    validation = shards.load_manifest(config, "validation")
+    return HeldOutInputs(teacher, dictionary, senses, validation, continued_texts.read_requests(config, teacher))
 
 
 def recipe(config: Config, candidate: Candidate, inputs: HeldOutInputs) -> Recipe:
@@ -75,7 +78,7 @@ def recipe(config: Config, candidate: Candidate, inputs: HeldOutInputs) -> Recip
     return Recipe(
         "evaluation",
         {"model": candidate.folder.digest, "shards": inputs.validation.digest, "senses": inputs.senses.digest},
-        {"precision": resolve_precision(config.precision), **continued_texts.settings(config)},
+        {"precision": resolve_precision(config.precision), **continued_texts.settings(config, inputs.requests)},
         inputs.teacher.digest,
         inputs.teacher.tokenizer_digest,
     )
@@ -118,7 +121,9 @@ def evaluate(
     if not stale:
         return inputs
     text = HeldOutText(config, inputs, world)
-    prompts = text.prompts(config)
+    folders = [model.folder for model in models]
+    requests = main_first(lambda: continued_texts.Prompts.of_requests(config, inputs.requests, folders))
+    prompts = [requests, text.prompts(config)]
     # The teacher comes first: the other models are compared with its predictions.
     predictions: list[torch.Tensor] = []
     if stale[0].candidate.name != TEACHER:
@@ -132,11 +137,11 @@ def evaluate(
             continued_texts.write_samples,
             teacher=teacher.folder,
             prompts=prompts,
-            continuations=continued_texts.continue_prompts(model, prompts),
+            continuations=[row for group in prompts for row in continued_texts.continue_prompts(model, group)],
             name=measurement.candidate.name,
             teachers=HELD_OUT.folder_of(config, TEACHER),
         )
-        return functools.partial(_outcome, examples, write_samples if len(prompts) else None)
+        return functools.partial(_outcome, examples, write_samples if any(map(len, prompts)) else None)
 
     suite.run(config, world, stale, measure_model, force=force)
     return inputs

@@ -1,6 +1,7 @@
 """Reports on what exists: `dskd inspect word|lexicon|senses|plot`, and others. Nothing here writes into an artifact.
 
 word          one word: its relations, tokens and senses
+examples      the senses of a few words in short, for the end of the pipeline
 lexicon       the sources of the pairs, and how much of the vocabulary they cover
 senses        histograms and coverage of the sense dictionary
 plot          computes the picture of some words' senses

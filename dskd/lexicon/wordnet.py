@@ -83,7 +83,7 @@ def open_wordnet(path: str | None = None, *, other_languages: bool = False) -> W
         return _open(_completed_copy(folder, cache, "wordnet"), folder)
     # Without `path`: nltk's own data first, then a download, and Debian's files last. An earlier copy of the latter
     # makes the download unnecessary, unless other languages need Princeton's.
-    in_nltk = _in_nltk_data()
+    in_nltk = _find_in_nltk_data()
     debian = next((folder for folder in DICTIONARY_FOLDERS if _is_dictionary(folder)), None)
     copy = None if in_nltk else _earlier_copy(cache, debian)
     if in_nltk is None and (copy is None or other_languages):
@@ -154,7 +154,7 @@ def _is_dictionary(folder: Path, also: tuple[str, ...] = ()) -> bool:
     return not missing
 
 
-def _in_nltk_data() -> Path | None:
+def _find_in_nltk_data() -> Path | None:
     """Returns the `corpora/wordnet` of one of nltk's data folders; unpacks a `wordnet.zip` into the cache if needed."""
     import nltk
 
@@ -198,7 +198,7 @@ def _downloaded(cache: Path) -> Path | None:
         return None
     finally:
         socket.setdefaulttimeout(before)
-    return _in_nltk_data()
+    return _find_in_nltk_data()
 
 
 def _earlier_copy(cache: Path, source: Path | None) -> Path | None:

@@ -233,8 +233,7 @@ class DistillationHead(nn.Module):
         # by the states and by the matrix before the next chunk takes their place.
         # `dskd.models.readouts.read_logits` does not fit: the gradients need no logits after their chunk, and teacher
         # and student may share one product.
-        for start in range(0, len(states), self.chunk_size):
-            part = slice(start, start + self.chunk_size)
+        for part in self.chunks(len(states)):
             logits, *teacher = self._logits(states[part], None if teacher_states is None else teacher_states[part])
             if cache is not None:
                 teacher = [column[part] for column in cache]
@@ -247,6 +246,10 @@ class DistillationHead(nn.Module):
                 weight_grad += logits.T @ states[part]
             del logits, teacher, columns  # before the next chunk's logits exist
         return values, at_states, weight_grad
+
+    def chunks(self, count: int) -> list[slice]:
+        """Returns the chunks in which `count` positions are computed; only the last can be smaller than the others."""
+        return [slice(start, start + self.chunk_size) for start in range(0, count, self.chunk_size)]
 
     def _sense_sums(
         self, flat: torch.Tensor, senses: dict[str, torch.Tensor], gradient: torch.Tensor, scale: float

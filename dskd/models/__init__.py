@@ -21,11 +21,12 @@ frozen          runs the teacher, whole on every rank or sharded with ZeRO-3
 output_head     from last hidden states to logits: the output matrix, and what a model does with its products
 head_probe      finds out what a model does with them, or refuses it
 readouts        reads logits out of hidden states, chunk by chunk
-generation      greedy generation
+generation      greedy generation, and the tokens that end it
 sampling        sampled texts, with transformers' own generation
 cut_config      the student's config.json
 architecture    checks a teacher or a pretrained student by its config.json, before anything runs
 probes          checks that a model does what training assumes, such as keeping packed documents apart
 reference       checks that a loaded model computes what transformers' own computes from the same folder
+loading         loads a folder as its users do, and refuses one that lacks weights
 agreement       checks that an export computes what the student in training computes
 """

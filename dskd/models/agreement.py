@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import torch
 
-from dskd.errors import UserError, first_line, listed
+from dskd.errors import UserError, listed
+from dskd.models.loading import load_with_transformers
 from dskd.models.probes import accepts, takes_positions
 from dskd.models.stored_names import StoredNames
 from dskd.models.weights import TensorReader
@@ -26,7 +27,6 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.01}
 # multiple of the model's own rounding error, measured against float32; other kernels caused .9 times that error.
 # _USUAL_ROUNDING replaces the measurement on machines without enough memory for the model in float32.
 _TIMES_ROUNDING, _LARGEST_TOLERANCE, _USUAL_ROUNDING = 3, 0.3, 0.03
-_CANNOT_LOAD = (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def check_agreement(
     Raises:
         UserError: when the model cannot be loaded, lacks a tensor, or differs by more than rounding explains.
     """
-    model = _load(folder, dtype, trust_remote_code, remedy)
+    model = load_with_transformers(folder, dtype, trust_remote_code=trust_remote_code, remedy=remedy)
     reader, names = TensorReader(folder), list(names)
     stored_names = StoredNames(model, reader)
     parameters = {stored_names.find(name): p for name, p in model.named_parameters(remove_duplicate=False)}
@@ -115,22 +115,6 @@ def check_agreement(
             f"position {position}, more than {limit:.1e}; {remedy}"
         )
     return Agreement(error, _difference(stored, logits)[0])
-
-
-def _load(folder: Path, dtype: torch.dtype, trust_remote_code: bool, remedy: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except _CANNOT_LOAD as error:
-        raise UserError(f"{folder}: transformers cannot load this model ({first_line(error)}); {remedy}") from error
-    if missing := sorted(loading["missing_keys"]):
-        raise UserError(
-            listed(f"{folder}: transformers fills these in at random, since they are not stored; {remedy}", missing)
-        )
-    return model.eval()
 
 
 def _own_rounding(model: Any, inputs: Mapping[str, torch.Tensor], logits: torch.Tensor) -> float:

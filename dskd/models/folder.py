@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.artifacts import kinds
-from dskd.artifacts.hashing import MANIFEST_NAME, digest_of_json
+from dskd.artifacts.hashing import MANIFEST_NAME, MODEL_CARD_NAME, digest_of_json
 from dskd.artifacts.manifest import read_manifest
 from dskd.artifacts.pointers import refuse_pointer
 from dskd.config import Config
@@ -41,6 +41,7 @@ BAD_CONFIG = (
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *_SENTENCEPIECE_FILES)
 CONFIG_AND_TOKENIZER = ("*.json", "*.model", "*.txt", "*.jinja")
+_LICENCES = (MODEL_CARD_NAME, "LICEN[CS]E*", "NOTICE*", "Notice*", "USE_POLICY*")  # exports name or copy them
 # The files that a tokenizer is loaded from, with its special tokens and its chat template.
 _FILES_OF_TOKENIZERS = (
     "tokenizer*.json",
@@ -142,7 +143,8 @@ def _find_model(
     section: str, config: Config, path: str, revision: str | None, *, trust_remote_code: bool = False
 ) -> ModelFolder:
     """Returns the folder of the model that the section's `path` names; the same errors as :func:`find_teacher`."""
-    key, patterns = f"{section}.path", (*CONFIG_AND_TOKENIZER, "*.safetensors", *(["*.py"] * trust_remote_code))
+    key = f"{section}.path"
+    patterns = (*CONFIG_AND_TOKENIZER, *_LICENCES, "*.safetensors", *(["*.py"] * trust_remote_code))
     folder = _local_or_hub(key, path, revision, patterns)
     check_model_folder(folder, named_by=key, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, named_by=key, trust_remote_code=trust_remote_code)

@@ -1,7 +1,9 @@
-"""Greedy generation with a frozen model, in batches."""
+"""Greedy generation with a frozen model, in batches, and the tokens at which a generation ends."""
 
 import itertools
+import json
 from collections.abc import Container, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,9 +11,12 @@ from torch.nn import functional as F
 
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel
+from dskd.models.limits import vocabulary_size
 from dskd.models.output_head import OutputHead
 from dskd.models.readouts import predict
-from dskd.models.tokenizing import text_end
+from dskd.models.tokenizing import answer_end, text_end
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 def generate_greedily(
@@ -63,10 +68,38 @@ def end_tokens(folder: ModelFolder) -> tuple[int | None, list[int]]:
     The latter are that token and the model's own end tokens; chat models have several.
     """
     tokenizer = folder.load_tokenizer()
-    end, ends_of_model = text_end(tokenizer), folder.load_config().eos_token_id
-    if not isinstance(ends_of_model, list):
-        ends_of_model = [ends_of_model]
+    end, ends_of_model = text_end(tokenizer), as_list(folder.load_config().eos_token_id)
     return end, sorted({token for token in (end, *ends_of_model) if token is not None})
+
+
+def answer_ends(folder: ModelFolder) -> list[int]:
+    """Returns the tokens that end the answer to a chat: those of the generation config, and the chat template's.
+
+    The former are those of config.json if there is no generation config, or it names none.
+    """
+    tokenizer, model_config = folder.load_tokenizer(), folder.load_config()
+    named = as_list(generation_values(folder.path).get("eos_token_id")) or as_list(model_config.eos_token_id)
+    ends = named or as_list(text_end(tokenizer))
+    of_template, vocab_size = answer_end(tokenizer), vocabulary_size(model_config)
+    if of_template is None or of_template in ends or (vocab_size is not None and of_template >= vocab_size):
+        return ends
+    return [*ends, of_template]
+
+
+def generation_values(folder: Path) -> dict[str, Any]:
+    """Returns the content of a folder's generation config; {} if it has none, or a damaged one."""
+    try:
+        values = json.loads((folder / GENERATION_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def as_list(tokens: int | list[int] | None) -> list[int]:
+    """Returns token ids as a list: configs have one, several or none."""
+    if tokens is None:
+        return []
+    return list(tokens) if isinstance(tokens, list) else [tokens]
 
 
 def before_end(tokens: Iterable[int], ends: Container[int]) -> list[int]:

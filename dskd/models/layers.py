@@ -15,8 +15,8 @@ from dskd.models.weights import LAYER_NAME
 _NOT_OF_A_KIND = ("training", *RULES)
 
 
-class Run(NamedTuple):
-    """A run of a module: the states that went into it and came out of it."""
+class ModulePass(NamedTuple):
+    """A forward pass of a module: the states that went into it and came out of it."""
 
     input: torch.Tensor
     output: torch.Tensor
@@ -24,14 +24,14 @@ class Run(NamedTuple):
 
 
 @contextmanager
-def recorded(modules: Sequence[nn.Module]) -> Iterator[list[Run]]:
+def recorded(modules: Sequence[nn.Module]) -> Iterator[list[ModulePass]]:
     """Yields a list that receives the runs of these modules, in the order in which they end."""
-    runs: list[Run] = []
+    runs: list[ModulePass] = []
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         returns_tuple = isinstance(output, tuple)
         states = output[0] if returns_tuple else output
-        runs.append(Run(input_states(args, kwargs).detach(), states.detach(), returns_tuple))
+        runs.append(ModulePass(input_states(args, kwargs).detach(), states.detach(), returns_tuple))
 
     hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
     try:

@@ -24,7 +24,7 @@ def position_limit(model_config: Any) -> int | None:
     that number times the factor is a limit too, and the larger one counts.
     """
     text = model_config.get_text_config()
-    if getattr(text, "alibi", False) or _of_attention(text, "alibi") or text.model_type == "bloom":
+    if getattr(text, "alibi", False) or _attention_setting(text, "alibi") or text.model_type == "bloom":
         return None
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     if not isinstance(limit, int) or limit <= 0:
@@ -118,6 +118,6 @@ def check_text(tokens: Sequence[int], model_config: Any, tokenizer: Any, place: 
         )
 
 
-def _of_attention(text: Any, key: str) -> Any:
+def _attention_setting(text: Any, key: str) -> Any:
     attention = getattr(text, "attn_config", None)  # MPT has one
     return attention.get(key) if isinstance(attention, dict) else getattr(attention, key, None)

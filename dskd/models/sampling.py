@@ -26,7 +26,7 @@ from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import build_sharded, destroy_engine, empty_tensors, load_resident
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import Decoder, frozen_settings
-from dskd.models.generation import before_end, end_tokens
+from dskd.models.generation import answer_ends, before_end, end_tokens
 from dskd.models.precision import compute_dtype
 from dskd.models.reference import compare_with_transformers
 from dskd.models.stored_names import base_model
@@ -138,7 +138,8 @@ def load_sampler(folder: ModelFolder, config: Config, world: World) -> Sampler:
     causal_lm.generation_config = GenerationConfig()
     decoder = Decoder(base_model(causal_lm))
     compare_with_transformers(decoder, decoder, folder, world, dtype)
-    return Sampler(causal_lm, engine, folder, world.device, tuple(_end_tokens(folder)), nvme_folder)
+    ends = tuple(sorted({*end_tokens(folder)[1], *answer_ends(folder)}))
+    return Sampler(causal_lm, engine, folder, world.device, ends, nvme_folder)
 
 
 def _is_resident(folder: ModelFolder, config: Config, world: World, dtype: torch.dtype) -> bool:
@@ -150,18 +151,6 @@ def _is_resident(folder: ModelFolder, config: Config, world: World, dtype: torch
         free = psutil.virtual_memory().available // world.world_size
     needed = _ROOM * TensorReader(folder.path).numel * dtype.itemsize
     return not any_rank(needed > free, world)
-
-
-def _end_tokens(folder: ModelFolder) -> list[int]:
-    """Returns all tokens that end a text: also those that only generation_config.json names, as for Gemma's turns."""
-    from transformers import GenerationConfig
-
-    _, ends = end_tokens(folder)
-    try:
-        named = GenerationConfig.from_pretrained(folder.path).eos_token_id
-    except (OSError, ValueError, TypeError):  # there is none, or it cannot be read
-        named = None
-    return sorted({*ends, *(named if isinstance(named, list) else [named] if isinstance(named, int) else [])})
 
 
 class _Draw:

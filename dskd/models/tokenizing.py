@@ -150,6 +150,22 @@ def text_end(tokenizer: Any) -> int | None:
     return next((i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None), None)
 
 
+def answer_end(tokenizer: Any) -> int | None:
+    """Returns the special token that follows an answer in the chat template; None if there is none."""
+    if not tokenizer.chat_template:
+        return None
+    answer = "dskdanswer"
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template is a program of the model's makers, which may raise anything
+        return None
+    after = str(rendered).rpartition(answer)[2].lstrip()
+    special = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    following = [token for token in special if after.startswith(token)]
+    return special[max(following, key=len)] if following else None
+
+
 def _places(text: str, start: int, target: int) -> Iterator[int]:
     """Yields places to cut at, at or before `target`: first spaces, where most tokenizers begin a word, then any."""
     lowest = max(start + 1, target - PIECE_CHARACTERS // 2)

@@ -24,7 +24,7 @@ def tokenize_words(words: list[str], tokenizer: Any, vocab_size: int | None = No
     prefix = tokenizer(before, add_special_tokens=False)["input_ids"]
     batch = tokenizer([f"{before} {word}" for word in words], add_special_tokens=False)["input_ids"]
     tokens = [tuple(ids[len(prefix) :]) if ids[: len(prefix)] == prefix else () for ids in batch]
-    return _of_known_words(words, tokens, tokenizer, vocab_size)
+    return _tokens_of_known_words(words, tokens, tokenizer, vocab_size)
 
 
 def tokenize_form(
@@ -39,13 +39,13 @@ def tokenize_form(
     texts = list(capitalized.values())
     if form == "sentence_initial":
         batch = [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        tokens = _of_known_words(texts, batch, tokenizer, vocab_size)
+        tokens = _tokens_of_known_words(texts, batch, tokenizer, vocab_size)
     else:
         tokens = tokenize_words(texts, tokenizer, vocab_size)
     return {word: ids for word, ids in zip(capitalized, tokens, strict=True) if len(ids) == 1}
 
 
-def _of_known_words(
+def _tokens_of_known_words(
     words: list[str], tokens: list[tuple[int, ...]], tokenizer: Any, vocab_size: int | None
 ) -> list[tuple[int, ...]]:
     """Returns the tokens of each word, or no tokens if they do not represent the word.

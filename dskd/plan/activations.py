@@ -104,7 +104,7 @@ def student_activations(
         base, output = base_model(causal_lm), causal_lm.get_output_embeddings().weight
         hidden_size = teacher_matrix[1]  # of all that comes with a batch, and of a trunk
         copy = torch.empty(teacher_matrix, dtype=dtype) if has_copy else None
-        head = DistillationHead(
+        head = _HeadOfOneChunk(
             output,
             copy,
             loss,
@@ -147,6 +147,17 @@ def student_activations(
             backward = live.restart_peak()
             del total, sums, teacher_hidden, loaded
     return Activations(kept, forward, max(0, of_loss - kept), backward)
+
+
+class _HeadOfOneChunk(DistillationHead):
+    """A head that computes its first chunk, at whose end all is freed that it allocated.
+
+    The others need as much memory, or less if they are smaller, so they change no peak.
+    """
+
+    def chunks(self, count: int) -> list[slice]:
+        """Returns the first chunk."""
+        return super().chunks(count)[:1]
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:

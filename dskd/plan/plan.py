@@ -14,7 +14,7 @@ from dskd.plan.memory import RESERVED_ON_HOST, Memory, StageMemory, compute_memo
 from dskd.plan.shapes import Shapes, Student, plan_student, teacher_shapes, trunk_to_store
 from dskd.plan.speed import Speed, compute_speed
 from dskd.plan.stored import stored_in_shards
-from dskd.plan.stored_speed import Comparison, compare_with_stored_states
+from dskd.plan.stored_speed import StatesComparison, compare_with_stored_states
 from dskd.plan.writing import Writing, plan_writing
 from dskd.shards import StoredStates
 from dskd.training.schedule import count_steps, share_out
@@ -39,7 +39,9 @@ class Plan:
     before: tuple[StageMemory, ...]
     is_annotated: bool  # the shards exist, so the stages before training are done
     speed: Speed
-    comparison: Comparison | None  # with and without stored states; None if training reads no states of the teacher
+    comparison: (
+        StatesComparison | None
+    )  # with and without stored states; None if training reads no states of the teacher
     disk: Disk
     writing: Writing | None  # None if the teacher does not write the text
 

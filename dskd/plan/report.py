@@ -6,7 +6,7 @@ from dskd.plan import GB
 from dskd.plan.changes import Change, stored_states
 from dskd.plan.plan import Plan
 from dskd.plan.stored import columns_read, loads_teacher, reads_states
-from dskd.plan.stored_speed import Comparison
+from dskd.plan.stored_speed import StatesComparison
 from dskd.plan.writing import Writing
 from dskd.training.schedule import describe_learning_rate
 from dskd.training.teacher_source import why_unread
@@ -183,7 +183,7 @@ def _disk(plan: Plan) -> str:
     rows = [
         ["senses, at most, without spans", _gb(disk.senses)],
         ["states while senses are built, at most", _gb(disk.states)],
-        *([name, _of_samples(size, disk.samples)] for name, size in sizes.items() if size),
+        *([name, _size_of_samples(size, disk.samples)] for name, size in sizes.items() if size),
         *([["teacher, dequantised", _gb(disk.teacher)]] if disk.teacher else []),
         ["student", _gb(disk.student)],
         ["checkpoints of a run", _gb(disk.checkpoints)],
@@ -193,11 +193,11 @@ def _disk(plan: Plan) -> str:
     return table(("disk, GB", "size"), rows)
 
 
-def _of_samples(size: int, samples: int | None) -> str:
+def _size_of_samples(size: int, samples: int | None) -> str:
     return f"{size / 2**10:.1f} KB a sample" if samples is None else _gb(size * samples)
 
 
-def _stored(plan: Plan, stored: Comparison) -> str:
+def _stored(plan: Plan, stored: StatesComparison) -> str:
     """Formats what reading the teacher's states from the shards takes and saves."""
     change = stored_states(stored.columns, plan.config.teacher.mode).text()
     bandwidth = f"--disk-bandwidth {plan.cluster.disk_bandwidth / GB:g}"

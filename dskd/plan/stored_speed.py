@@ -13,7 +13,7 @@ from dskd.plan.stored import loads_teacher, reads_states, stored_in_shards, with
 
 
 @dataclass(frozen=True)
-class Comparison:
+class StatesComparison:
     """The speeds of both runs, and what storing the states takes."""
 
     columns: tuple[str, ...]
@@ -44,7 +44,7 @@ def compare_with_stored_states(
     micro_batch_size: int,
     accumulation_steps: int,
     samples: int | None,
-) -> Comparison | None:
+) -> StatesComparison | None:
     """Compares the run of `config` with the one that differs in whether it reads stored states.
 
     Args:
@@ -91,4 +91,4 @@ def compare_with_stored_states(
         flops = computing.flops_per_token["teacher_layers"] * tokens
         once = TeacherPass.of(of_computing, cluster, teacher, gathered, flops)
         storing_s = samples / cluster.world_size / config.annotation.batch_size * once.seconds
-    return Comparison(of_reading.annotation.store, not loads_teacher(config), reading, computing, disk, storing_s)
+    return StatesComparison(of_reading.annotation.store, not loads_teacher(config), reading, computing, disk, storing_s)

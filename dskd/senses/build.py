@@ -25,7 +25,7 @@ from dskd.senses.assemble import assemble, write_part
 from dskd.senses.cluster import CLUSTER_SETTINGS, TokenSenses, cluster, senses_per_token
 from dskd.senses.dictionary import FILE, load_fitting_dictionary
 from dskd.senses.entries import Entries, load_entries
-from dskd.senses.gather import Progress, gather_states, read_progress
+from dskd.senses.gather import GatheringProgress, gather_states, read_progress
 from dskd.senses.reservoir import SampledStates
 
 # Settings of `senses` that affect the dictionary but not which states are sampled.
@@ -136,7 +136,7 @@ def _sample(config: Config, inputs: DictionaryInputs, folder: Path, world: World
 
     Loads the teacher only when it has to gather.
     """
-    progress = Progress(**on_main(lambda: asdict(read_progress(folder))))
+    progress = GatheringProgress(**on_main(lambda: asdict(read_progress(folder))))
     if progress.sequences_done == len(inputs.sequences):
         say(f"  uses the states in {folder}")
         return [folder / run for run in progress.runs]

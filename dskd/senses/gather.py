@@ -37,14 +37,14 @@ _PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
-class Progress:
+class GatheringProgress:
     """The progress of a gathering: these runs hold exactly the states of the first `sequences_done` sequences."""
 
     sequences_done: int
     runs: list[str]
 
 
-def read_progress(folder: Path) -> Progress:
+def read_progress(folder: Path) -> GatheringProgress:
     """Reads the progress of an interrupted gathering from its folder; without a progress file nothing is done yet.
 
     A progress file that is unreadable, or names a run that is missing or truncated, counts as no progress, and causes a
@@ -52,15 +52,15 @@ def read_progress(folder: Path) -> Progress:
     """
     file = folder / _PROGRESS
     if not file.is_file():
-        return Progress(0, [])
+        return GatheringProgress(0, [])
     try:
-        progress = Progress(**json.loads(file.read_text(encoding="utf-8")))
+        progress = GatheringProgress(**json.loads(file.read_text(encoding="utf-8")))
         damaged = [run for run in progress.runs if not is_whole(folder / run)]
     except (ValueError, TypeError):
         damaged = [_PROGRESS]
     if damaged:
         warn(f"{folder}: damaged: {', '.join(damaged)}; gathering all states again")
-        return Progress(0, [])
+        return GatheringProgress(0, [])
     return progress
 
 
@@ -73,7 +73,7 @@ def gather_states(
     """
     # This rank continues its own runs. Runs of a gathering with another number of ranks stay as they are: reading the
     # sample merges all runs.
-    progress = Progress(**on_main(lambda: asdict(_resume(folder))))
+    progress = GatheringProgress(**on_main(lambda: asdict(_resume(folder))))
     name = f"rank{world.rank}of{world.world_size}"
     others = [run for run in progress.runs if not run.split("-")[0].endswith(f"of{world.world_size}")]
     reservoir = Reservoir(
@@ -87,9 +87,9 @@ def gather_states(
     )
     priority_seed = derived_seed(seed, "senses", "priority")
 
-    def save(sequences_done: int) -> Progress:
+    def save(sequences_done: int) -> GatheringProgress:
         runs = [*others, *(run for runs in gather_json(reservoir.flush()) for run in runs)]
-        saved = Progress(sequences_done, sorted(runs))
+        saved = GatheringProgress(sequences_done, sorted(runs))
         on_main(lambda: write_json(folder / _PROGRESS, asdict(saved)))
         reservoir.remove_obsolete()
         return saved
@@ -146,7 +146,7 @@ def _predict_at(positions: torch.Tensor, hidden: torch.Tensor, head: OutputHead)
     return predict(hidden[positions], head)
 
 
-def _resume(folder: Path) -> Progress:
+def _resume(folder: Path) -> GatheringProgress:
     """Reads the progress, prints where the gathering resumes, and deletes all runs that the progress does not name."""
     progress = read_progress(folder)
     for file in folder.glob("*.safetensors"):

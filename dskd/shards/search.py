@@ -51,7 +51,9 @@ class Searcher:
         own, synonyms, _ = candidates = build_candidates(dictionary)
         if frequencies is None:
             frequencies = torch.ones(dictionary.vocab_size, dtype=torch.int64)
-        self._rows = Rows(dictionary, _row_use(candidates, frequencies, dictionary.num_rows), memory_budget, device)
+        self._rows = DictionaryVectors(
+            dictionary, _row_use(candidates, frequencies, dictionary.num_rows), memory_budget, device
+        )
         self.has_synonyms = synonyms.sizes > own.sizes  # the candidates for P_i include those for O_i
         self._own, self._synonyms, self._antonyms = (lists.to(device) for lists in candidates)
 
@@ -80,7 +82,7 @@ def build_candidates(dictionary: SenseDictionary) -> tuple[Csr, Csr, Csr]:
     )
 
 
-class Rows:
+class DictionaryVectors:
     """The dictionary's vectors by row number: the most used are on the device, the others are read from disk.
 
     Args:
@@ -141,7 +143,7 @@ class _Tiles:
 
 
 def nearest_rows(
-    states: torch.Tensor, tiles: _Tiles, candidates: Csr, rows: Rows, kappa: int
+    states: torch.Tensor, tiles: _Tiles, candidates: Csr, rows: DictionaryVectors, kappa: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Finds the kappa candidates of each position's token that are nearest to its state, nearest first.
 

@@ -12,8 +12,7 @@ from dskd.config import Config
 from dskd.console import warn
 from dskd.errors import UserError
 from dskd.models.folder import ModelFolder, find_pretrained_student
-
-_GENERATION_CONFIG = "generation_config.json"
+from dskd.models.generation import GENERATION_CONFIG
 
 
 def copies_are_current(config: Config, teacher: ModelFolder) -> bool:
@@ -55,7 +54,7 @@ def changed_copies(config: Config, source: Path) -> list[str]:
     changed = []
     if _chat_template(source) != _chat_template(student):
         changed.append("chat template")
-    generation = [_content(folder / _GENERATION_CONFIG) for folder in (source, student)]
+    generation = [_content(folder / GENERATION_CONFIG) for folder in (source, student)]
     # A new student has a generation config of its own if the teacher has none.
     is_own = generation[0] is None and config.student.origin == "from_config"
     if generation[0] != generation[1] and not is_own:

@@ -6,7 +6,6 @@ against its architecture and, unless it is large, loaded with transformers and c
 """
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,21 @@ from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Recipe, read_manifest, write_json
 from dskd.config import Config
 from dskd.console import say, stage
-from dskd.errors import UserError, listed
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
 from dskd.models.folder import CONFIG_AND_TOKENIZER, ModelFolder, attention_key, find_teacher
 from dskd.models.layers import check_kinds
+from dskd.models.loading import load_with_transformers
 from dskd.models.precision import resolve_precision
 from dskd.models.stored_names import check_stored_tensors
 from dskd.models.weights import LAYER_NAME, WEIGHTS_INDEX, TensorReader, renumber_layer, write_weights
+from dskd.students.measuring import measure_importance
 from dskd.students.pruned_teacher import can_be_compared, compare_with_pruned_teacher
-from dskd.students.spacing import Importance, as_text, choose_layers, num_removed_layers, settings_of
+from dskd.students.spacing import as_text, choose_layers, num_removed_layers, settings_of
 
 _NOT_COPIED = ("config.json", WEIGHTS_INDEX, "manifest.json", "adapter_config.json", "hf_quant_config.json")
 _LOADED_ELEMENTS = 2**30  # a student with at most this many parameters is loaded as a test
-
-
-Measure = Callable[[Config, ModelFolder, int], Importance]
 
 
 def recipe(config: Config, teacher: ModelFolder) -> Recipe:
@@ -51,12 +48,8 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     return Recipe("student", inputs, settings, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest)
 
 
-def build_cut_student(config: Config, measure: Measure | None = None) -> None:
+def build_cut_student(config: Config) -> None:
     """Cuts the student and writes `WORKDIR/student`.
-
-    Args:
-        config: the experiment.
-        measure: measures blocks of this number of the teacher's layers; it is called only with `spacing: importance`.
 
     Raises:
         UserError: when the teacher is refused, or no student can be made of the chosen layers.
@@ -69,8 +62,8 @@ def build_cut_student(config: Config, measure: Measure | None = None) -> None:
         check_stored_tensors(whole, TensorReader(teacher.path), teacher)
         importance = None
         if config.student.is_measured:
-            assert measure is not None, "needed for spacing: importance"
-            importance = measure(config, teacher, num_removed_layers(config.student, full.num_hidden_layers))
+            size = num_removed_layers(config.student, full.num_hidden_layers)
+            importance = measure_importance(config, teacher, size)
         layers = choose_layers(config.student, full.num_hidden_layers, importance)
         with build_artifact(target, recipe(config, teacher)) as building:
             cut_values = cut_config(values, layers, full.to_dict()) | attention_key(full)
@@ -78,12 +71,12 @@ def build_cut_student(config: Config, measure: Measure | None = None) -> None:
             copy_other_files(teacher, building.folder)
             student = ModelFolder(building.folder, "", "", teacher.trust_remote_code)
             check_kinds(whole, empty_model(student), layers)
-            size = cut(teacher.path, layers, building.folder)
+            size_bytes = cut(teacher.path, layers, building.folder)
             check_student(student, teacher, layers)
-            building.facts.update(layers=layers, size_bytes=size)
+            building.facts.update(layers=layers, size_bytes=size_bytes)
             if importance is not None:
                 building.facts["importance"] = importance.as_facts()
-        say(f"  the teacher's layers {as_text(layers)}; {size / 1e6:,.1f} MB")
+        say(f"  the teacher's layers {as_text(layers)}; {size_bytes / 1e6:,.1f} MB")
 
 
 def copy_other_files(source: ModelFolder, target: Path) -> None:
@@ -116,7 +109,7 @@ def check_student(student: ModelFolder, teacher: ModelFolder, layers: list[int])
         say("  the teacher is too large to run both; their settings, shapes and tensors were compared")
         load_if_small(student)
         return
-    compare_with_pruned_teacher(teacher, _load_with_transformers(student, torch.float32), layers)
+    compare_with_pruned_teacher(teacher, _load(student, torch.float32), layers)
 
 
 def load_if_small(student: ModelFolder) -> None:
@@ -126,34 +119,11 @@ def load_if_small(student: ModelFolder) -> None:
         UserError: when it cannot be loaded.
     """
     if TensorReader(student.path).numel <= _LOADED_ELEMENTS:
-        _load_with_transformers(student, "auto")
+        _load(student, "auto")
 
 
-def _load_with_transformers(student: ModelFolder, dtype: torch.dtype | str) -> Any:
-    """Returns the student as transformers loads it.
-
-    Raises:
-        UserError: when it cannot be loaded, or not all of its tensors are there, with all problems found.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            student.path,
-            dtype=dtype,
-            trust_remote_code=student.trust_remote_code,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, AttributeError, KeyError) as error:
-        raise UserError(f"{student.path}: the student cannot be loaded; transformers: {error}") from error
-    problems = [
-        *(f"there is no tensor {name}" for name in sorted(loading["missing_keys"])),
-        *(f"{entry if isinstance(entry, str) else entry[0]} has another shape" for entry in loading["mismatched_keys"]),
-    ]
-    if problems:
-        raise UserError(listed(f"{student.path}: the student cannot be loaded", problems))
-    return model
+def _load(student: ModelFolder, dtype: torch.dtype | str) -> Any:
+    return load_with_transformers(student.path, dtype, trust_remote_code=student.trust_remote_code)
 
 
 def cut(teacher: Path, layers: list[int], target: Path) -> int:

@@ -36,18 +36,14 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     return new.recipe(config, teacher)
 
 
-def build_student(config: Config, measure: cutting.Measure | None = None) -> None:
+def build_student(config: Config) -> None:
     """Writes `WORKDIR/student`.
-
-    Args:
-        config: the experiment.
-        measure: measures blocks of the teacher's layers; it is called only with `student.spacing: importance`.
 
     Raises:
         UserError: when the teacher or the student is refused.
     """
     if config.student.origin == "cut":
-        cutting.build_cut_student(config, measure)
+        cutting.build_cut_student(config)
     elif config.student.origin == "path":
         pretrained.build_pretrained_student(config)
     else:

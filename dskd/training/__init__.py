@@ -24,6 +24,10 @@ checkpoint            the format of checkpoints: finding, checking and comparing
 saving                moves a checkpoint between an engine and the disk: writes it, and loads it again
 universal_checkpoint  converts a checkpoint for another number of ranks
 export                writes a checkpoint as a Hugging Face folder
+export_files          the small files of that folder: configs, chat template, licences
+model_card            writes its model card
+card_facts            collects from manifests what the card says
+teacher_licence       the teacher's name and licence, and what that asks of models made from it
 rehearsal             exports the untrained student before the first step, to see early whether exporting will work
 teacher_from_scratch  trains a small teacher, for when there is none to download
 muon                  the optimizer of that teacher's matrices in float32

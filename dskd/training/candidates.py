@@ -41,7 +41,7 @@ class CandidateRows:
             return np.empty(0, dtype=np.int64)
         return np.unique(random_bits(self.seed, step, torch.arange(self.num_random)).numpy() % self.num_rows)
 
-    def of_positions(self, sample: Mapping[str, np.ndarray], positions: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    def rows_at(self, sample: Mapping[str, np.ndarray], positions: np.ndarray, drawn: np.ndarray) -> np.ndarray:
         """Returns the row numbers [n, C] specific to each position, padded with -1; none repeats or is in `drawn`."""
         columns = [sample[column][positions] for kind, column in _COLUMNS.items() if kind in self.kinds]
         if not columns:

@@ -18,7 +18,7 @@ from dskd.senses.dictionary import map_vectors
 from dskd.shards.batches import collate_tokens, gather_rows
 from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS, TEACHER_COLUMNS
 from dskd.training.candidates import CandidateRows
-from dskd.training.packed_step import Rows
+from dskd.training.packed_step import SeparateRows
 from dskd.training.positions import SensePositions, is_lexical
 
 _LENGTH_MULTIPLE = 8  # of a micro-batch's length: tensor cores are fastest on multiples of 8
@@ -76,7 +76,7 @@ class Collator:
 
         `teacher_cache`: {token_ids [B, T, n] int32, logprobs [B, T, n] float16, rest_logprob [B, T] float32}.
 
-        the columns of `states`: [B, T, D] each, as :class:`dskd.training.packed_step.Rows`.
+        the columns of `states`: [B, T, D] each, as :class:`dskd.training.packed_step.SeparateRows`.
         """
         if self._vectors_path is not None and self._vectors is None:
             # Mapped here, in the worker: a memory map must not be sent to another process.
@@ -101,7 +101,7 @@ class Collator:
             }
         for name, dtype in self._states.items():
             # Not stacked, because states are nearly all bytes of a sample: packing copies them once.
-            batch[name] = Rows([sample[name][:length] for sample in samples], length, dtype)
+            batch[name] = SeparateRows([sample[name][:length] for sample in samples], length, dtype)
         return batch
 
 
@@ -131,7 +131,7 @@ def _name_rows(
         # The union of both draws, so that the positions do not depend on the kinds of candidates.
         at = [np.union1d(*of_sample) for of_sample in drawn]
         shared = candidates.draw(samples[0]["step"])
-        rows = [candidates.of_positions(sample, where, shared) for sample, where in zip(samples, at, strict=True)]
+        rows = [candidates.rows_at(sample, where, shared) for sample, where in zip(samples, at, strict=True)]
         return {"positions": _in_batch(at, length)}, {"candidate_rows": np.concatenate(rows), "random_rows": shared}
     relation, own = zip(*drawn, strict=True)
 

@@ -3,11 +3,10 @@
 `AutoModelForCausalLM.from_pretrained` loads it without this package. The export is checked before it is published: it
 is loaded that way, and its logits are compared with those of the student in training. Tensors are stored in the type of
 the teacher: if that is bfloat16 or float16, tensors trained in float32 are rounded, and the effect on the logits is
-measured and reported.
+measured and reported. With the model come a model card (:mod:`dskd.training.model_card`) and the teacher's licences.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,19 +15,21 @@ from safetensors.torch import load_file
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
-from dskd.artifacts.hashing import MANIFEST_NAME
-from dskd.artifacts.manifest import Manifest, Recipe, is_current, verify_files, write_json
+from dskd.artifacts.hashing import as_json
+from dskd.artifacts.manifest import Manifest, Recipe, is_current, package_versions, verify_files, write_json
 from dskd.config import Config
 from dskd.console import say, stage, warn
 from dskd.errors import OutageError, UserError
 from dskd.models.agreement import check_agreement
 from dskd.models.causal_lm import empty_model
-from dskd.models.folder import ModelFolder, attention_key
+from dskd.models.folder import ModelFolder
 from dskd.models.stored_names import StoredNames, parameter_names
-from dskd.models.weights import WEIGHTS_INDEX, TensorReader, write_weights
+from dskd.models.weights import TensorReader, write_weights
 from dskd.students.student import find_student, open_made_model
 from dskd.tracking import log_export
-from dskd.training import checkpoint
+from dskd.training import checkpoint, model_card
+from dskd.training.card_facts import collect_facts, find_source_teacher
+from dskd.training.export_files import copy_files, copy_notices
 
 
 def recipe(source: checkpoint.Checkpoint) -> Recipe:
@@ -77,6 +78,7 @@ def build_export(config: Config) -> None:
 def _build(config: Config, source: checkpoint.Checkpoint, student: ModelFolder, target: Path) -> None:
     with stage(f"export: run {config.run!r}", reads=[student.path, source.path], writes=target):
         verify_files(source.path, source.manifest)
+        teacher = find_source_teacher(config, source)
         with build_artifact(target, recipe(source)) as building:
             trained = load_file(source.path / checkpoint.TRAINED_FILE)
             types = write_export(student, trained, building.folder)
@@ -95,7 +97,12 @@ def _build(config: Config, source: checkpoint.Checkpoint, student: ModelFolder, 
                 run=config.run,
                 logits_error=agreement.error,
                 rounding_error=agreement.rounding,
+                **{model_card.FACTS: collect_facts(config, source, student, teacher)},
             )
+            if teacher is not None:
+                copy_notices(teacher.path, building.folder)
+            text = model_card.render_card(as_json(building.facts), package_versions())
+            model_card.write_card(building.folder, text)
         say(
             f"  step {source.step}; reloaded, its logits differ from the trained student's by {agreement.error:.1e} "
             "(relative)"
@@ -152,22 +159,6 @@ def write_export(student: ModelFolder, trained: Mapping[str, torch.Tensor], targ
     stale = _other_names(student, trained)
     write_weights(target, reader, {name: name for name in reader.names if name not in stale}, replaced)
     return {tensor.dtype for tensor in replaced.values()}
-
-
-def copy_files(student: ModelFolder, target: Path) -> None:
-    """Copies the files of a model's folder except its weights; Python files only if `trust_remote_code` is set.
-
-    Skips an adapter's configuration: the adapter's weights are not in the folder, and transformers would load the
-    model that the adapter was made for instead of this one.
-    """
-    left_out = (WEIGHTS_INDEX, MANIFEST_NAME, "adapter_config.json")
-    endings = (".safetensors", *(() if student.trust_remote_code else (".py",)))
-    for file in student.path.iterdir():
-        if file.is_file() and file.suffix not in endings and file.name not in left_out:
-            shutil.copyfile(file, target / file.name)
-    if key := attention_key(student.load_config()):
-        model_config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-        write_json(target / "config.json", model_config | key)
 
 
 class _InFloat32(TensorReader):

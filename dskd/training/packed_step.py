@@ -37,7 +37,7 @@ class StepBatches:
 
 
 @dataclass(frozen=True)
-class Rows:
+class SeparateRows:
     """A tensor [B, T, …] whose rows are still in separate arrays, so that packing copies each of them only once."""
 
     arrays: Sequence[np.ndarray]  # one or more, contiguous
@@ -85,8 +85,8 @@ class PackedStep:
 
     @classmethod
     def of(cls, micro_batches: list[dict[str, Any]]) -> "PackedStep":
-        """Packs micro-batches of tensors and :class:`Rows`; a loader's worker packs them into shared memory."""
-        pieces: list[tuple[_Place, torch.Tensor | Rows]] = []
+        """Packs micro-batches of tensors and :class:`SeparateRows`; a loader's worker packs them into shared memory."""
+        pieces: list[tuple[_Place, torch.Tensor | SeparateRows]] = []
         size = 0
 
         def place(value: Any) -> Any:
@@ -101,7 +101,7 @@ class PackedStep:
         layout = [place(batch) for batch in micro_batches]
         buffer = _empty_buffer(size)
         for where, value in pieces:
-            if isinstance(value, Rows):
+            if isinstance(value, SeparateRows):
                 value.copy_to(where.view_of(buffer))
             else:
                 where.view_of(buffer).copy_(value)

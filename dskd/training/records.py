@@ -19,7 +19,7 @@ from dskd.training.schedule import Schedule, describe_learning_rate
 from dskd.training.step import Step, StepResult
 
 
-class Progress:
+class TrainingProgress:
     """The progress of a run, on a progress bar, in MLflow and in the manifests of checkpoints."""
 
     def __init__(self, run: Run) -> None:
@@ -29,7 +29,7 @@ class Progress:
         self._loss = 0.0
         self._device_hours = 0.0
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "TrainingProgress":
         return self
 
     def report(self, step: Step, result: StepResult) -> None:

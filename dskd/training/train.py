@@ -15,7 +15,7 @@ from dskd.distributed.collectives import any_rank
 from dskd.distributed.world import World
 from dskd.senses.dictionary import dictionary_folder
 from dskd.training import saving
-from dskd.training.records import Progress, ended_in_mlflow
+from dskd.training.records import TrainingProgress, ended_in_mlflow
 from dskd.training.run import Run
 from dskd.training.setup import set_up
 from dskd.training.step import train_step
@@ -49,7 +49,7 @@ def _train(run: Run) -> None:
         stopping.deferred() as stop_request,  # signals take effect only after MLflow's run has ended
         ended_in_mlflow(run.tracker),
         contextlib.closing(run.batches),
-        Progress(run) as progress,
+        TrainingProgress(run) as progress,
     ):
         for step in run.steps():
             run.pair.set_learning_rate(step.learning_rate)

@@ -16,7 +16,7 @@ from dskd.distributed.world import World
 from dskd.models.agreement import probe_inputs
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel, load_frozen
-from dskd.models.layers import Run, recorded
+from dskd.models.layers import ModulePass, recorded
 
 # Largest accepted difference of the lowest trained layer's output, relative to the norm of the layer's change to its
 # input. The same weights and kernels give no difference at all; the tolerance is for kernels that round differently
@@ -28,7 +28,7 @@ class Expected(NamedTuple):
     """A run of the layer that the student's lowest layer is a copy of, and the positions of its tokens."""
 
     position_ids: torch.Tensor | None
-    run: Run
+    run: ModulePass
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import Shape, step_flops
 from benchmarks.published import Lexicon, logit_losses, sense_loss
-from benchmarks.report import PeakMemory, Spread, build_parser, machine, publish, ratios, take_turns
-from benchmarks.synthetic import draw_annotation, draw_tokens, write_dictionary
+from benchmarks.report import PeakMemory, Spread, build_parser, machine, publish, ratios, run_child, take_turns
+from benchmarks.synthetic import draw_annotation, draw_tokens, llama_config, write_dictionary
 from benchmarks.workload import Preset, build_loss, write_work_directory
 from dskd.config import LossConfig
 from dskd.losses.terms import SUMS
@@ -50,22 +50,14 @@ def test_without_trl_its_benchmark_explains_how_to_install_it(monkeypatch, capsy
 
 @pytest.mark.parametrize("shared_trunk", [False, True])
 def test_flops_of_a_step_are_those_that_torch_counts(shared_trunk):
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     shape = Shape(120, 32, 48, 4, 2, teacher_layers=4, student_layers=3, trained_layers=2, sequence_length=16)
 
     def llama(layers):
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=shape.vocab_size,
-                hidden_size=shape.hidden_size,
-                intermediate_size=shape.intermediate_size,
-                num_hidden_layers=layers,
-                num_attention_heads=shape.num_heads,
-                num_key_value_heads=shape.num_kv_heads,
-                attn_implementation="eager",  # plain matrix products, which the counter knows on every device
-            )
-        )
+        config = llama_config(shape, layers)
+        config._attn_implementation = "eager"  # plain matrix products, which the counter knows on every device
+        return LlamaForCausalLM(config)
 
     teacher, student = llama(4).requires_grad_(False), llama(2 if shared_trunk else 3).requires_grad_(False)
     for layer in student.model.layers[-2:]:
@@ -148,6 +140,18 @@ def test_peak_memory_includes_memory_that_was_freed():
         time.sleep(0.2)  # long enough for a sample on a busy machine
         del held
     assert 60 * 2**20 < memory.peak_bytes < 90 * 2**20
+
+
+def test_a_child_does_not_take_over_the_port_of_the_process_that_starts_it(tmp_path, monkeypatch):
+    (tmp_path / "child.py").write_text(
+        "import os\n"
+        "from benchmarks.report import print_result\n"
+        "print_result([name for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'SOME') if name in os.environ])\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{FOLDER.parent}:{tmp_path}")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert run_child("child", environment={"SOME": "1"}) == ["SOME"]
 
 
 def test_a_result_has_its_command_and_machine(tmp_path, monkeypatch, capsys):

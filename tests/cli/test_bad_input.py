@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from rank_processes import run_program
 from safetensors.torch import load_file, save_file
 from tiny_work import BEFORE_TRAINING
 
-from dskd.__main__ import main
 from dskd.config.reading import load_config
 from dskd.errors import UserError
 from dskd.senses.build import build_senses
@@ -31,13 +29,13 @@ def _refused(stage, config, world, *overrides, says):
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
+def refused(dskd):
     """Runs a verb, which must end with exit code 2, and returns its message."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dskd", *map(str, arguments)])
-        assert main() == 2
-        return capsys.readouterr().err
+        code, _, message = dskd(*arguments)
+        assert code == 2
+        return message
 
     return run
 

@@ -61,17 +61,6 @@ def report(tracked, tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def dskd(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dskd", *map(str, arguments)])
-        code = main()
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
-
-
 def _perplexity(better, seed, name):
     columns = examples_of(better, seed + 10 * len(name)).columns
     return math.exp(columns["nll"].sum() / columns["tokens"].sum())
@@ -213,6 +202,40 @@ def test_a_measure_over_other_positions_is_left_out(empty):
     assert "lexical_perplexity" not in comparison.measured()
     assert {"perplexity", "accuracy"} < set(comparison.measured())
     assert "lexical_perplexity left out: some runs count it at other positions" in comparison.notes[-1]
+
+
+def test_texts_of_tracked_runs_are_shown_beside_the_teachers(empty, dskd, tmp_path):
+    config = load_config(empty)
+
+    def write(folder, name, *said):
+        rows = [["Is it <b>hot</b>?", "", "yes", said[0]], ["The sun is", "up.", "hot", said[1]]]
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "samples.json"
+        file.write_text(json.dumps({"columns": ["prompt", "the text itself", "teacher", name], "data": rows}))
+        return file
+
+    for name, said in (("kd", ("no\nno", "")), ("dskd", ("maybe " * 40, "down"))):
+        run_id = track_run(empty, name, f"loss.sense_weight={len(name)}")
+        file = write(config.path("written", name), name, *said)
+        save_examples(config.path(EXAMPLES_FILE), examples_of(0, 1))
+        arguments = (config, name, run_id, "evaluation", {}, config.path(EXAMPLES_FILE))
+        log_results(*arguments, data=DATA, step=STEPS, tables=[file])
+    teacher = write(config.path("evaluation", "teacher"), "teacher", "yes", "hot").parent
+    save_examples(teacher / EXAMPLES_FILE, examples_of(0, 2))
+    page = tmp_path / "report.html"
+    code, out, _ = dskd("compare", "--config", empty, "--texts", "--html", page)
+    assert code == 0
+    lines = out.splitlines()
+    at = lines.index("Is it <b>hot</b>?")
+    assert lines[at + 1] == "  teacher  yes"
+    assert {"  kd       no no", "  (the text itself)  up.", "  kd                 (nothing)"} <= set(lines)
+    (first,) = [line for line in lines if line.startswith("  dskd     maybe")]
+    assert lines[lines.index(first) + 1].startswith("           maybe")
+    code, out, _ = dskd("compare", "--config", empty)
+    assert "Is it" not in out
+    shown = page.read_text()
+    assert "<h3>Is it &lt;b&gt;hot&lt;/b&gt;?</h3>" in shown
+    assert "<dt>kd</dt><dd>no no</dd>" in shown
 
 
 def test_seed_tests_are_paired_by_seed(comparison):

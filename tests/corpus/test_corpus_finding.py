@@ -1,16 +1,19 @@
-"""Folders as people have them: checksums, licences and descriptions next to the text, broken links."""
+"""Which files a pattern or a folder names, also in folders with checksums, licences, descriptions and broken links."""
 
 import json
 import os
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from repository import REPOSITORY
+from text_files import write_mds
 
 from dskd.config import Config
 from dskd.corpus import finding
 from dskd.corpus.build import build_corpus, read_texts, recipe
 from dskd.corpus.files import read_file
+from dskd.corpus.finding import fingerprint
 from dskd.errors import UserError
 
 SHARED = REPOSITORY.parent / "shared" / "cases" / "corpus"
@@ -19,7 +22,7 @@ SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
 def _find(*patterns, key="corpus.train", workdir="/no/work"):
-    return finding.find_files([str(pattern) for pattern in patterns], key, workdir=finding.Path(workdir))
+    return finding.find_files([str(pattern) for pattern in patterns], key, workdir=Path(workdir))
 
 
 def _write(folder, **files):
@@ -41,6 +44,83 @@ def _save_to_disk(folder, shards, **state):
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names], **state}))
     (folder / "dataset_info.json").write_text("{}")
     return folder
+
+
+def test_files_folders_and_globs_name_each_file_once(tmp_path):
+    for name in ("a.txt", "sub/b.jsonl", "sub/c.txt.gz", "sub/deep/d.parquet", "sub/notes.md", "plain/index.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}")
+    index = write_mds(tmp_path / "sub" / "mds", [{"text": "x", "id": 1}])
+    everything = [tmp_path / n for n in ("a.txt", "sub/b.jsonl", "sub/c.txt.gz", "sub/deep/d.parquet")] + [index]
+    assert _find(tmp_path).files == sorted(everything)
+    assert _find(tmp_path / "s*", tmp_path / "a.txt").files == sorted(everything)
+    assert _find(tmp_path / "sub" / "*.gz").files == [tmp_path / "sub" / "c.txt.gz"]
+    assert _find(tmp_path / "s*" / "mds").files == [index]
+    assert _find(index).files == [index]
+
+
+def test_a_folder_around_the_work_directory_is_searched_without_it(tmp_path):
+    for name in ("a.txt", "c.parquet", "work/corpus/train.parquet", "work/own/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert _find(tmp_path, workdir=tmp_path / "work").files == [
+        tmp_path / "a.txt",
+        tmp_path / "c.parquet",
+    ]
+    inside = [str(tmp_path / "work" / "own"), str(tmp_path / "work" / "corpus" / "train.parquet")]
+    assert len(_find(*inside, workdir=tmp_path / "work").files) == 2  # a file that the config names is always read
+    assert _find(tmp_path / "**" / "*.parquet", tmp_path / "*.txt", workdir=tmp_path / "work").files == [
+        tmp_path / "a.txt",
+        tmp_path / "c.parquet",
+    ]
+
+
+def test_one_file_of_many_names_is_read_once(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "b.txt").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    assert len(_find("a.txt", "./a.txt", tmp_path / "a.txt", ".", "*").files) == 1
+
+
+def test_shards_that_were_written_in_parallel_are_read_once(tmp_path):
+    from streaming.base.util import merge_index
+
+    for name in ("a", "b"):
+        write_mds(tmp_path / name, [{"text": f"{name}{i}", "id": i} for i in range(4)])
+    merge_index(str(tmp_path), keep_local=True)
+    (index,) = _find(tmp_path).files
+    assert index == tmp_path / "index.json"
+    assert [document.text for document in read_file(index, "text")] == [f"{name}{i}" for name in "ab" for i in range(4)]
+    before = fingerprint(index)
+    (shard,) = (tmp_path / "a").glob("shard.*")
+    os.utime(shard, ns=(1, 1))
+    assert fingerprint(index) != before
+
+
+def test_missing_and_wrong_files_are_all_named(tmp_path):
+    (tmp_path / "a.pdf").write_text("x")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_text("x")
+    patterns = [str(tmp_path / name) for name in ("none.txt", "*.jsonl", "a.pdf", "pictures")]
+    with pytest.raises(UserError) as error:
+        _find(*patterns)
+    for part in (
+        "none.txt' names no file",
+        "*.jsonl' names no file",
+        "a.pdf: expected .txt, ",
+        "pictures' names no file",
+    ):
+        assert part in str(error.value)
+
+
+def test_a_fingerprint_changes_with_the_shards_of_an_index(tmp_path):
+    index = write_mds(tmp_path / "mds", [{"text": "x", "id": 1}])
+    before = fingerprint(index)
+    assert fingerprint(index) == before
+    (shard,) = (tmp_path / "mds").glob("shard.*")
+    shard.write_bytes(shard.read_bytes() + b"x")
+    assert fingerprint(index) != before
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from rank_jobs import run_harness
 from rank_processes import finish, fork_ranks
 from task_files import DATA
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd.config.reading import load_config
 from dskd.corpus.tasks.benchmarks import BENCHMARKS, Example
@@ -63,6 +63,31 @@ def test_the_harness_gets_and_scores_the_same_answers_from_the_export(copy_of_ti
     measures = measures_of(BENCHMARKS["arc_challenge"], examples, scores)
     assert found["exact_match,none"] == pytest.approx(measures["score"])
     assert found["exact_match_stderr,none"] == pytest.approx(measures["standard_error"])
+
+
+def test_the_harness_asks_the_export_through_its_chat_template(copy_of_tiny, tmp_path):
+    """The template is one that a user puts into a copy of an export whose teacher has none."""
+    export = load_config(copy_of_tiny("export")).path("export", "dskd")
+    template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}answer:{% endif %}"
+    )
+    (export / "chat_template.jinja").write_text(template)
+    questions = ["what is hot", "what is large", "name an animal"]
+    lines = [json.dumps({"prompt": question, "gold": "cold"}) for question in questions]
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines))
+    command = ["--model", "hf", "--model_args", f"pretrained={export},dtype=float32", "--apply_chat_template"]
+    command += ["--include_path", str(DATA / "lm_eval"), "--tasks", "answers", "--device", "cpu", "--batch_size", "2"]
+    command += ["--log_samples", "--output_path", str(tmp_path / "results")]
+    finish(fork_ranks(run_harness, command, tmp_path), 400)
+    (samples,) = (tmp_path / "results").rglob("samples_answers_*.jsonl")
+    heard = {sample["doc_id"]: sample["resps"][0][0] for sample in map(json.loads, samples.read_text().splitlines())}
+    tokenizer, model = AutoTokenizer.from_pretrained(export), AutoModelForCausalLM.from_pretrained(export)
+    for number, question in enumerate(questions):
+        chat = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+        said = model.generate(ids, max_new_tokens=2, do_sample=False)[0, ids.shape[1] :]
+        assert heard[number] == tokenizer.decode(said, skip_special_tokens=True)
 
 
 def test_the_harness_has_the_same_means_and_standard_errors():

@@ -1,7 +1,6 @@
 """The command `dskd inspect`, on a work directory that the real pipeline made."""
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ from artifact_folders import open_dataset, update_manifest
 from safetensors.torch import load_file
 from tiny_work import BEFORE_TRAINING
 
-from dskd.__main__ import main
 from dskd.artifacts.hashing import hash_files
 from dskd.config.reading import load_config
 from dskd.inspection.lexicon import inspect_lexicon
@@ -21,17 +19,6 @@ from dskd.senses.dictionary import load_dictionary
 from dskd.senses.entries import build_entries, tokenize_words
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def inspect(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dskd", "inspect", *map(str, arguments)])
-        code = main()
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
 
 
 def _words_with_senses(config):
@@ -47,12 +34,12 @@ def _words_with_senses(config):
     return {word: token for word, token in token_of.items() if related[token] and senses[token] > 1}
 
 
-def test_a_word_is_shown_with_the_content_of_all_artifacts(tiny, inspect, tmp_path):
+def test_a_word_is_shown_with_the_content_of_all_artifacts(tiny, dskd, tmp_path):
     config = load_config(tiny)
     word, token = next(iter(_words_with_senses(config).items()))
     work = config.path()
     before = hash_files(work)
-    code, out, _ = inspect("word", word, "--config", tiny, "--neighbours", 5, "--contexts", 2, "seed=3")
+    code, out, _ = dskd("inspect", "word", word, "--config", tiny, "--neighbours", 5, "--contexts", 2, "seed=3")
     assert code == 0
     assert hash_files(work) == before  # inspecting changes nothing
 
@@ -86,7 +73,7 @@ def test_a_word_is_shown_with_the_content_of_all_artifacts(tiny, inspect, tmp_pa
         assert all(context in out for context in sense.contexts)
 
 
-def test_a_span_is_shown_and_other_words_without_an_entry_are_explained(tiny, inspect):
+def test_a_span_is_shown_and_other_words_without_an_entry_are_explained(tiny, dskd):
     config = load_config(tiny)
     dictionary, _ = load_dictionary(config)
     tokenizer = find_teacher(config).load_tokenizer()
@@ -98,40 +85,40 @@ def test_a_span_is_shown_and_other_words_without_an_entry_are_explained(tiny, in
         for word, ids in zip(words, tokenize_words(words, tokenizer), strict=True)
         if ids in spans and has_senses[spans[ids]]
     )
-    code, out, _ = inspect("word", span, "--config", tiny)
+    code, out, _ = dskd("inspect", "word", span, "--config", tiny)
     assert code == 0
     assert re.search(r"no usable head: it is [23] tokens, and a head must be one", out)
     assert re.search(r"Senses: \d, of \d+ states\n  row \d+: ", out)
-    code, _, err = inspect("word", "xyzzyqx", "--config", tiny)
+    code, _, err = dskd("inspect", "word", "xyzzyqx", "--config", tiny)
     assert code == 2
     assert re.search(
         r"'xyzzyqx' is not in the lexicon, and has no senses of its own: the tokenizer makes \d tokens", err
     )
 
 
-def test_each_missing_artifact_gets_a_line(copy_of_tiny, inspect):
+def test_each_missing_artifact_gets_a_line(copy_of_tiny, dskd):
     config = copy_of_tiny("lexicon", "teacher", "sequences", "senses")
     word = next(iter(_words_with_senses(load_config(config))))
     for arguments, what in ((("word", word), "example contexts"), (("senses",), "share of training targets")):
-        code, out, _ = inspect(*arguments, "--config", config)
+        code, out, _ = dskd("inspect", *arguments, "--config", config)
         assert code == 0
         assert f"(no {what}: " in out
         assert "with `deepspeed launcher/annotate.py --config FILE`)" in out
 
 
-def test_row_numbers_of_another_dictionary_are_not_looked_up(copy_of_tiny, inspect):
+def test_row_numbers_of_another_dictionary_are_not_looked_up(copy_of_tiny, dskd):
     config = copy_of_tiny(*BEFORE_TRAINING)
     folder = load_config(config).path("shards", "train")
     update_manifest(folder, inputs={"senses": "f" * 64})
     word = next(iter(_words_with_senses(load_config(config))))
-    code, out, _ = inspect("word", word, "--config", config)
+    code, out, _ = dskd("inspect", "word", word, "--config", config)
     assert code == 0
     assert "no example contexts: " in out
     assert "made with different sense dictionaries (" in out
     assert "«" not in out
 
 
-def test_the_lexicon_is_the_same_with_and_without_a_dictionary(tiny, copy_of_tiny, inspect):
+def test_the_lexicon_is_the_same_with_and_without_a_dictionary(tiny, copy_of_tiny, dskd):
     built = inspect_lexicon(load_config(tiny))
     config = load_config(copy_of_tiny("lexicon", "teacher"))
     on_the_spot = inspect_lexicon(config)
@@ -144,15 +131,15 @@ def test_the_lexicon_is_the_same_with_and_without_a_dictionary(tiny, copy_of_tin
     both = (entries.synonym_offsets.diff() > 0) | (entries.antonym_offsets.diff() > 0)
     assert built.coverage.heads["either"] + built.coverage.other_heads == int(both.sum())
     assert sum(built.coverage.unusable.values()) + sum(built.coverage.usable.values()) == len(relations)
-    code, out, _ = inspect("lexicon", "--config", tiny)
+    code, out, _ = dskd("inspect", "lexicon", "--config", tiny)
     assert code == 0
     assert re.search(rf"head is not one token +{facts['head_is_not_one_token']:,}\n", out)
     assert re.search(rf"tokens of the vocabulary +{built.coverage.vocab_size:,}\n", out)
 
 
-def test_the_senses_are_counted_and_drawn(copy_of_tiny, inspect, tmp_path):
+def test_the_senses_are_counted_and_drawn(copy_of_tiny, dskd, tmp_path):
     config = copy_of_tiny(*BEFORE_TRAINING)
-    code, out, _ = inspect("senses", "--config", config, "--plot")
+    code, out, _ = dskd("inspect", "senses", "--config", config, "--plot")
     assert code == 0
     path = Path(re.search(r"Picture: (.+)", out).group(1))
     assert path == load_config(config).path("plots", "senses.png")
@@ -170,10 +157,12 @@ def test_the_senses_are_counted_and_drawn(copy_of_tiny, inspect, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])
-def test_words_are_drawn(copy_of_tiny, inspect, method):
+def test_words_are_drawn(copy_of_tiny, dskd, method):
     config = copy_of_tiny("lexicon", "teacher", "senses")
     first, second = list(_words_with_senses(load_config(config)))[:2]
-    code, out, _ = inspect("plot", first, "--config", config, second, "seed=5", "--method", method, "--neighbours", "4")
+    code, out, _ = dskd(
+        "inspect", "plot", first, "--config", config, second, "seed=5", "--method", method, "--neighbours", "4"
+    )
     assert code == 0
     suffix = "-tsne" if method == "tsne" else ""
     path = load_config(config).path("plots", f"senses-{first}-{second}{suffix}.png")

@@ -12,6 +12,7 @@ from dskd.errors import UserError
 from dskd.inspection.artifacts import Teacher
 from dskd.inspection.contexts import find_contexts, render_context
 from dskd.inspection.drawing import draw_picture
+from dskd.inspection.examples import choose_words
 from dskd.inspection.histogram import histogram, histogram_text, log2_histogram
 from dskd.inspection.labels import place_labels
 from dskd.inspection.lexicon import compute_coverage
@@ -59,6 +60,28 @@ def dictionary(tmp_path, tokenizer, ids):
     pairs = ["big|large|synonym", "big|very large|synonym", "big|huge|synonym", "big|small|antonym"]
     sizes = {ids["big"]: 3, ids["large"]: 2, ids["small"]: 2, ids["the"]: 1, len(tokenizer): 2}
     return _dictionary(tmp_path, tokenizer, pairs, sizes)[0]
+
+
+def test_words_with_most_senses_and_states_and_relations_of_both_kinds_are_chosen(tmp_path, tokenizer, ids):
+    pairs = [
+        f"{one}|{two}|{relation}"
+        for one, two, relation in (
+            ("big", "large", "synonym"),
+            ("big", "small", "antonym"),
+            ("tiny", "small", "synonym"),
+            ("tiny", "large", "antonym"),
+            ("huge", "large", "synonym"),
+            ("huge", "small", "antonym"),
+            ("very", "size", "synonym"),
+        )
+    ]
+    # rows are numbered by token, and row r has r + 1 states: huge has as many senses as tiny, and fewer states
+    sizes = {ids["big"]: 1, ids["huge"]: 2, ids["tiny"]: 2, ids["very"]: 5}
+    dictionary, _ = _dictionary(tmp_path, tokenizer, pairs, sizes)
+    teacher = Teacher(None, tokenizer, len(tokenizer))
+    assert dictionary.entries.neighbours("antonym").of(ids["small"])
+    assert choose_words(dictionary, teacher, 2) == ["tiny", "huge"]
+    assert choose_words(dictionary, teacher, 9) == ["tiny", "huge", "big"]  # small and large have no senses
 
 
 # ---------------------------------------------------------------------------------------------------------- neighbours

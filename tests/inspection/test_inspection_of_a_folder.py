@@ -1,14 +1,11 @@
 """The inspections of work directories made by hand: one with a lexicon only, and one that has everything."""
 
-import sys
-
 import pytest
 import torch
 import yaml
 from small_dictionaries import save_dictionary
 from tiny_models import save_model
 
-from dskd.__main__ import main
 from dskd.errors import UserError
 from dskd.inspection.artifacts import open_teacher
 from dskd.inspection.lexicon import inspect_lexicon
@@ -18,7 +15,7 @@ from dskd.senses.entries import build_entries
 
 
 @pytest.fixture
-def lexicon_only(tmp_path, monkeypatch, capsys):
+def lexicon_only(tmp_path, dskd):
     """Runs `dskd` with a work directory that has only a lexicon."""
     (tmp_path / "own.tsv").write_text("big\tsynonym\tlarge\nbig\tantonym\tsmall\nbig\tsynonym\tbig\n", encoding="utf-8")
     (tmp_path / "more.tsv").write_text("big\tsynonym\tlarge\nbig\tsynonym\tvery large\n", encoding="utf-8")
@@ -30,10 +27,7 @@ def lexicon_only(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dskd", *arguments, "--config", str(tmp_path / "config.yaml")])
-        code = main()
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
+        return dskd(*arguments, "--config", tmp_path / "config.yaml")
 
     assert run("lexicon")[0] == 0
     return run
@@ -77,7 +71,7 @@ def test_a_missing_artifact_is_refused_with_the_command_that_makes_it(lexicon_on
     assert "there is no teacher here; make it with `python launcher/pipeline.py --config FILE --until teacher`" in err
 
 
-def test_wrong_arguments_are_refused_with_the_right_ones(lexicon_only, capsys):
+def test_wrong_arguments_are_refused_with_the_right_ones(lexicon_only):
     for words, message in (
         (
             ("word", "big", "small"),
@@ -90,10 +84,9 @@ def test_wrong_arguments_are_refused_with_the_right_ones(lexicon_only, capsys):
         code, out, error = lexicon_only("inspect", *words)
         assert (code, out) == (2, "")
         assert message in error
-    with pytest.raises(SystemExit) as stopped:
-        lexicon_only("inspect", "word", "big", "--neighbours", "-1")
-    assert stopped.value.code == 2
-    assert "expected a number, 0 or more, found '-1'" in capsys.readouterr().err
+    code, _, error = lexicon_only("inspect", "word", "big", "--neighbours", "-1")
+    assert code == 2
+    assert "expected a number, 0 or more, found '-1'" in error
 
 
 def test_a_word_of_a_hand_made_work_directory(tmp_path):

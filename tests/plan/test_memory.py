@@ -12,8 +12,9 @@ from tiny_models import save_model
 from transformers import AutoModelForCausalLM
 
 from benchmarks.flops import Shape
-from dskd.losses.head import HeadSizes
+from dskd.losses.head import DistillationHead, HeadSizes
 from dskd.models.output_head import LogitTransform
+from dskd.plan import activations
 from dskd.plan.activations import Batch, student_activations
 from dskd.plan.architecture import Architecture
 from dskd.plan.gathering import gather
@@ -122,6 +123,39 @@ def test_a_layer_keeps_the_tensors_that_autograd_saves(tmp_path):
     kept = sum(size for pointer, size in saved.items() if pointer not in weights)
     kept += result.untyped_storage().nbytes()
     assert planned.kept == pytest.approx(kept, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "teacher_top_n", "with_teacher"),
+    [((), 0, True), (("student.train_lm_head=true", "precision=fp32"), 0, True), (("loss.hidden_weight=0",), 4, False)],
+    ids=["frozen head", "trained head", "most probable tokens"],
+)
+def test_a_plan_of_one_chunk_has_the_peaks_of_all_chunks(tmp_path, monkeypatch, overrides, teacher_top_n, with_teacher):
+    """32 positions in chunks of 5, the last of which is smaller; a chunk is two blocks."""
+    config = config_of(tmp_path, *overrides)
+    has_copy = config.student.train_lm_head
+    found = []
+    for head in (activations._HeadOfOneChunk, DistillationHead):
+        monkeypatch.setattr(activations, "_HeadOfOneChunk", head)
+        found.append(
+            student_activations.__wrapped__(
+                Architecture(json.dumps(LLAMA), "llama"),
+                (0, 1),
+                0,
+                config.student,
+                config.loss,
+                Batch(2, 16, True, 6, 12, 5, teacher_top_n),
+                torch.bfloat16,
+                sizes=HeadSizes(5, 3),
+                checkpointing=False,
+                with_teacher=with_teacher,
+                teacher_matrix=(LLAMA["vocab_size"], LLAMA["hidden_size"]),
+                has_copy=has_copy,
+                teacher_transform=LogitTransform(),
+            )
+        )
+    assert found[0] == found[1]
+    assert found[0].loss > 0
 
 
 def test_the_optimizer_takes_sixteen_bytes_for_each_trained_element(tmp_path):

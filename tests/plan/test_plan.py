@@ -6,7 +6,7 @@ import shlex
 from dataclasses import replace
 
 import pytest
-from plans import LLAMA, MACHINES, SMALL, STORED, cluster_of, config_of, run_plan, shapes_file
+from plans import LLAMA, MACHINES, SMALL, STORED, cluster_of, config_of, shapes_file
 from repository import REPOSITORY
 from tiny_models import save_model
 from transformers import AutoModelForCausalLM
@@ -137,13 +137,11 @@ def test_a_step_is_as_fast_as_the_disk_delivers_its_stored_states(tmp_path):
         ({"path": "./nothing"}, ("there is no folder ./nothing", "--teacher-config FILE")),
     ],
 )
-def test_a_teacher_that_cannot_be_found_is_named_with_the_option_that_helps(
-    tmp_path, monkeypatch, capsys, change, parts
-):
+def test_a_teacher_that_cannot_be_found_is_named_with_the_option_that_helps(tmp_path, monkeypatch, dskd, change, parts):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config_of(tmp_path, **change)
-    code, _, error = run_plan(monkeypatch, capsys, "--config", tmp_path / "config.yaml", *MACHINES)
+    code, _, error = dskd("plan", "--config", tmp_path / "config.yaml", *MACHINES)
     assert code == 2
     for part in parts:
         assert part in error
@@ -163,31 +161,31 @@ def test_a_teacher_that_cannot_be_found_is_named_with_the_option_that_helps(
         ('{"model_type": "bert", "num_hidden_layers": 2}', "'bert' is an encoder"),
     ],
 )
-def test_a_file_that_is_not_the_config_of_a_decoder_is_named(tmp_path, monkeypatch, capsys, text, part):
+def test_a_file_that_is_not_the_config_of_a_decoder_is_named(tmp_path, dskd, text, part):
     config_of(tmp_path)
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
     options = ["--config", tmp_path / "config.yaml", "--teacher-config", tmp_path / "x.json", *MACHINES]
-    code, _, error = run_plan(monkeypatch, capsys, *options, "student.layers=1", "student.train_layers=1")
+    code, _, error = dskd("plan", *options, "student.layers=1", "student.train_layers=1")
     assert code == 2 and part in error and "Traceback" not in error
 
 
-def test_a_warning_about_keys_that_transformers_lacks_names_the_file_once(tmp_path, monkeypatch, capsys):
+def test_a_warning_about_keys_that_transformers_lacks_names_the_file_once(tmp_path, dskd):
     config_of(tmp_path)
     file = shapes_file(tmp_path, attention_sink_scale=0.5, transformers_version="4.40.0")
     options = ["--config", tmp_path / "config.yaml", "--teacher-config", file, *MACHINES]
-    _, _, error = run_plan(monkeypatch, capsys, *options, "student.layers=2", "student.train_layers=1")
+    _, _, error = dskd("plan", *options, "student.layers=2", "student.train_layers=1")
     warning = f"warning: --teacher-config: {file} (transformers 4.40.0): transformers "
     assert error.count("attention_sink_scale") == error.count(warning) == 1
 
 
-def test_a_batch_that_training_would_refuse_is_refused_here(tmp_path, monkeypatch, capsys):
+def test_a_batch_that_training_would_refuse_is_refused_here(tmp_path, dskd):
     config_of(tmp_path)
     options = ["--config", tmp_path / "config.yaml", "--teacher-config", shapes_file(tmp_path), *MACHINES]
-    code, _, error = run_plan(monkeypatch, capsys, *options, "student.layers=2", "train.global_batch_size=7")
+    code, _, error = dskd("plan", *options, "student.layers=2", "train.global_batch_size=7")
     assert code == 2 and "train.global_batch_size: 7 sequences cannot be divided among 2 ranks" in error
 
 
-def test_a_shipped_config_is_planned_with_the_student_that_is_cut(tmp_path, monkeypatch, capsys):
+def test_a_shipped_config_is_planned_with_the_student_that_is_cut(tmp_path, dskd):
     """Those of Llama are planned at their own width, below: the documented plans."""
     save_model(tmp_path / "teacher", "mistral")
     path = REPOSITORY / "configs" / "mistral-7b-16layers.yaml"
@@ -196,7 +194,7 @@ def test_a_shipped_config_is_planned_with_the_student_that_is_cut(tmp_path, monk
         *("student.train_layers=1", "corpus.sequence_length=32"),
     ]
     for run in load_config(path).run_names:
-        code, printed, error = run_plan(monkeypatch, capsys, "--config", path, *MACHINES, *toy, f"run={run}")
+        code, printed, error = dskd("plan", "--config", path, *MACHINES, *toy, f"run={run}")
         assert code == 0, printed + error
     config = load_config(path, toy)
     build_student(config)
@@ -212,32 +210,32 @@ def _documented():
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_the_documented_plans_are_what_the_command_prints(monkeypatch, capsys, number):
+def test_the_documented_plans_are_what_the_command_prints(monkeypatch, dskd, number):
     monkeypatch.chdir(REPOSITORY)
     command, expected = _documented()[number]
     _, *arguments = shlex.split(command.replace("\\\n", " "))[1:]
-    code, printed, _ = run_plan(monkeypatch, capsys, *arguments)
+    code, printed, _ = dskd("plan", *arguments)
     assert printed == expected and code == 0
 
 
-def test_the_documented_refusal_is_what_the_command_prints(monkeypatch, capsys):
+def test_the_documented_refusal_is_what_the_command_prints(monkeypatch, dskd):
     monkeypatch.chdir(REPOSITORY)
     text = (REPOSITORY / "docs" / "scale.md").read_text(encoding="utf-8")
     (expected,) = re.findall(r"With GPUs of 16 GB.*?```\n(.*?)```", text, flags=re.DOTALL)
     _, *arguments = shlex.split(_documented()[0][0].replace("\\\n", " "))[1:]
-    code, printed, _ = run_plan(monkeypatch, capsys, *arguments, "--gpu-memory", 16)
+    code, printed, _ = dskd("plan", *arguments, "--gpu-memory", 16)
     assert expected in printed and code == 3
 
 
-def _planned_states(tmp_path, monkeypatch, capsys, *overrides, **teacher):
+def _planned_states(tmp_path, dskd, *overrides, **teacher):
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps({"workdir": str(tmp_path / "work"), "teacher": {"path": "a/b", **teacher}}))
     options = ["--config", config, "--teacher-config", shapes_file(tmp_path), "--nodes", 1, "--gpus-per-node", 1]
     options += ["--gpu-memory", 80, "--host-memory", 200, *SMALL, *overrides]
-    return run_plan(monkeypatch, capsys, *options)
+    return dskd("plan", *options)
 
 
-def test_shards_with_states_of_another_depth_or_type_have_to_be_annotated_again(tmp_path, monkeypatch, capsys):
+def test_shards_with_states_of_another_depth_or_type_have_to_be_annotated_again(tmp_path, dskd):
     facts = {"columns": [TEACHER_STATES, TRUNK_STATES], "dtype": "bfloat16", "hidden_size": 32, "trunk_depth": 2}
     with build_artifact(tmp_path / "work" / "shards" / "train", Recipe("shards", {}, {})) as building:
         building.facts.update(samples=64, stored=facts)
@@ -248,15 +246,15 @@ def test_shards_with_states_of_another_depth_or_type_have_to_be_annotated_again(
         (["student.train_layers=1", f"annotation.store=[{TEACHER_STATES}]"], False),
         (["student.train_layers=1", "annotation.teacher_top_n=8"], False),
     ):
-        _, printed, _ = _planned_states(tmp_path, monkeypatch, capsys, *STORED, *changes)
+        _, printed, _ = _planned_states(tmp_path, dskd, *STORED, *changes)
         assert ("They are done: the shards exist" in printed) == is_done, changes
 
 
-def test_a_plan_says_which_stored_states_are_not_read(tmp_path, monkeypatch, capsys):
-    _, printed, _ = _planned_states(tmp_path, monkeypatch, capsys, *STORED, mode="resident")
+def test_a_plan_says_which_stored_states_are_not_read(tmp_path, dskd):
+    _, printed, _ = _planned_states(tmp_path, dskd, *STORED, mode="resident")
     assert "Stored states: teacher_states and trunk_states, which training does not read" in printed
     assert "because teacher.mode is resident; set teacher.mode to auto" in printed
-    _, printed, _ = _planned_states(tmp_path, monkeypatch, capsys, *STORED, "annotation.store=[trunk_states]")
+    _, printed, _ = _planned_states(tmp_path, dskd, *STORED, "annotation.store=[trunk_states]")
     assert "Stored states: trunk_states, which training does not read, because there are no teacher_states" in printed
 
 
@@ -269,18 +267,18 @@ def test_a_trunk_that_the_teacher_rules_out_is_not_planned(tmp_path):
         make_plan(config, cluster_of(), tied, samples=1000)
 
 
-def test_layers_chosen_by_importance_are_those_of_the_cut_student_and_until_then_assumed(tmp_path, monkeypatch, capsys):
+def test_layers_chosen_by_importance_are_those_of_the_cut_student_and_until_then_assumed(tmp_path, dskd):
     options = ["student.spacing=importance", "student.train_layers=1"]
-    _, printed, _ = _planned_states(tmp_path, monkeypatch, capsys, *options)
+    _, printed, _ = _planned_states(tmp_path, dskd, *options)
     assert "the lowest 2 are computed once" in printed
     assert "; these are the layers of student.spacing: ends, until `dskd student` has measured others" in printed
     measured = {"samples": 64, "tokens": 999, "layers": [0.4, 0.1, 0.2, 0.3], "blocks": [0.4, 0.1, 0.2, 0.3]}
     settings = {"layers": 3, "importance_samples": 64}
     with build_artifact(tmp_path / "work" / "student", Recipe("student", {}, settings)) as building:
         building.facts.update(layers=[0, 2, 3], importance=measured)
-    _, printed, _ = _planned_states(tmp_path, monkeypatch, capsys, *options)
+    _, printed, _ = _planned_states(tmp_path, dskd, *options)
     assert "the lowest 1 are computed once" in printed and "has measured others" not in printed
     config = config_of(tmp_path, *options)
     assert plan_student(config, Architecture(json.dumps(LLAMA), "llama")).layers == [0, 2, 3]
-    code, _, error = _planned_states(tmp_path, monkeypatch, capsys, *options, "student.layers=4")
+    code, _, error = _planned_states(tmp_path, dskd, *options, "student.layers=4")
     assert code == 2 and "student.layers keeps all of the teacher's 4" in error

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from layer_angles import plain_angles
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from dskd.__main__ import main
 from dskd.artifacts.manifest import is_current, read_manifest
 from dskd.config.reading import load_config
 from dskd.errors import UserError
@@ -24,19 +22,6 @@ from dskd.students.student import find_student
 
 MEASURED = ("student.spacing=importance", "student.importance_samples=6", "student.layers=2", "student.train_layers=1")
 BEFORE = ("corpus", "teacher", "sequences")
-
-
-@pytest.fixture
-def dskd(monkeypatch, capsys):
-    """Runs a verb, and returns its exit code and all that it printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dskd", *map(str, arguments)])
-        code = main()
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
-
-    return run
 
 
 def _documents(config):
@@ -56,8 +41,8 @@ def test_a_student_cut_by_importance_lacks_the_block_that_was_measured_to_change
     # Held-out text is not read: this is none.
     held_out = config.path("sequences", "validation.safetensors")
     held_out.write_bytes(b"\xff" * held_out.stat().st_size)
-    code, printed = dskd("student", "--config", path, *MEASURED)
-    assert code == 0, printed
+    code, _, error = dskd("student", "--config", path, *MEASURED)
+    assert code == 0, error
     manifest = read_manifest(config.path("student"), "student")
     facts = manifest.facts["importance"]
     documents = _documents(config)
@@ -90,8 +75,8 @@ def test_a_student_cut_by_importance_lacks_the_block_that_was_measured_to_change
 def test_a_student_with_the_teachers_ends_is_cut_and_stale_when_other_layers_are_trained(copy_of_tiny, dskd):
     path = copy_of_tiny("teacher")
     options = ("student.layers=3", "student.train_layers=2")
-    code, printed = dskd("student", "--config", path, *options)
-    assert code == 0, printed
+    code, _, error = dskd("student", "--config", path, *options)
+    assert code == 0, error
     config = load_config(path, options)
     teacher, student = find_teacher(config), find_student(config)
     assert read_manifest(student.path, "student").facts["layers"] == [0, 2, 3]
@@ -114,8 +99,8 @@ def test_explain_shows_what_each_way_would_keep_and_cuts_nothing(copy_of_tiny, d
     path = copy_of_tiny(*BEFORE)
     work = load_config(path).path()
     before = sorted(work.rglob("*"))
-    code, printed = dskd("student", "--config", path, "--explain", *MEASURED)
-    assert code == 0, printed
+    code, printed, error = dskd("student", "--config", path, "--explain", *MEASURED)
+    assert code == 0, error
     picture = work / "plots" / "layers.png"
     assert f"Picture: {picture}" in printed
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
@@ -127,8 +112,8 @@ def test_explain_shows_what_each_way_would_keep_and_cuts_nothing(copy_of_tiny, d
     assert header.split()[-4:] == ["first", "even", "ends", "importance"]
     kept = [[layer for layer in range(4) if rows[str(layer)][column] == "kept"] for column in (-4, -3, -2)]
     assert kept == [[0, 1], [0, 3], [0, 3]]
-    code, printed = dskd("student", "--config", path, "--explain", "student.layers=[1, 2, 3]")
-    assert code == 0 and "This config chooses your list: the teacher's layers 1, 2, 3." in printed, printed
+    code, printed, error = dskd("student", "--config", path, "--explain", "student.layers=[1, 2, 3]")
+    assert code == 0 and "This config chooses your list: the teacher's layers 1, 2, 3." in printed, error
 
 
 @pytest.mark.parametrize(
@@ -143,18 +128,18 @@ def test_explain_shows_what_each_way_would_keep_and_cuts_nothing(copy_of_tiny, d
 @pytest.mark.parametrize("explain", [(), ("--explain",)])
 def test_what_cannot_be_measured_is_refused(copy_of_tiny, dskd, artifacts, options, message, explain):
     path = copy_of_tiny(*artifacts)
-    code, printed = dskd("student", "--config", path, *explain, *options)
+    code, _, error = dskd("student", "--config", path, *explain, *options)
     assert code == 2
-    assert re.search(message, printed), printed
-    assert "Traceback" not in printed
+    assert re.search(message, error), error
+    assert "Traceback" not in error
     assert not load_config(path).path("student").exists()
 
 
 def test_a_student_that_is_not_cut_is_not_explained(copy_of_tiny, dskd):
     path = copy_of_tiny(*BEFORE, student={"from_config": {"layers": 2, "hidden_size": 32, "heads": 2}})
-    code, printed = dskd("student", "--config", path, "--explain")
+    code, _, error = dskd("student", "--config", path, "--explain")
     assert code == 2
-    assert "--explain: student.from_config names a whole model, so no layers are chosen" in printed, printed
+    assert "--explain: student.from_config names a whole model, so no layers are chosen" in error, error
 
 
 def test_the_sample_is_drawn_once_for_all_runs_and_not_again():

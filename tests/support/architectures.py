@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 import transformers as hf
-from tiny_models import word_tokenizer
+from tiny_models import SHAPE, word_tokenizer
 
-VOCABULARY = 120
-WIDTH = 32
-LAYERS = 4
+VOCABULARY, WIDTH, LAYERS = (SHAPE[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers"))
 POSITIONS = 96
 EXPERTS = 4
 
@@ -25,15 +23,7 @@ EXPERTS = 4
 _USUAL_DEVIATION, _DEVIATION = 0.05, 0.18
 
 _NAMED = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-_SHAPE: dict[str, Any] = {
-    **_NAMED,
-    "hidden_size": WIDTH,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": POSITIONS,
-}
+_SHAPE = SHAPE | _NAMED | {"max_position_embeddings": POSITIONS}
 _OLD = {**_NAMED, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": POSITIONS}
 _MULTI_HEAD = _SHAPE | {"num_key_value_heads": 4}
 _PLAIN = {key: value for key, value in _SHAPE.items() if key != "num_key_value_heads"}

@@ -21,8 +21,7 @@ by trying a small random model of each, on one rank and on two with different to
 and buffers with those of transformers' own model (in float32 and bf16, whole on a rank and sharded, at early and late
 positions); a cut student with the teacher without the other layers; a training step with plain gradients, and its loss
 in bf16; and an exported student with the trained one. `make models` tries them again and writes this page, and a test
-checks that the page has the findings. On 2026-11-30 we tried those that scale or cap logits, and Falcon-H1 and
-RecurrentGemma, in this way. The findings of the others are older: on two ranks only, and without the step in bf16.
+checks that the page has the findings. All were tried on 2026-11-30.
 
 A model that is not in the tables is tried when it is loaded: its head, packed documents and the kinds of its layers. If
 something does not work, the model is refused before work begins, with the reason.

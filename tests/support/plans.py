@@ -1,14 +1,10 @@
 """Plans of toy jobs, for the tests of `dskd plan`."""
 
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
-import pytest
 from tiny_models import SHAPE
 
-from dskd.__main__ import main
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.plan import GB
@@ -40,11 +36,3 @@ def shapes_file(folder: Path, **values: object) -> Path:
     path = folder / "shapes.json"
     path.write_text(json.dumps({**LLAMA, **values}), encoding="utf-8")
     return path
-
-
-def run_plan(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: object) -> tuple[int, str, str]:
-    """Runs `dskd plan`; returns its exit code, and what it prints to standard output and error."""
-    monkeypatch.setattr(sys, "argv", ["dskd", "plan", *map(str, arguments)])
-    code = main()
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err

@@ -15,6 +15,7 @@ from dskd.artifacts.manifest import Recipe
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
+from dskd.models.folder import find_teacher
 from dskd.students.student import build_student, find_student
 from dskd.training import checkpoint, saving
 from dskd.training.export import build_export, write_export
@@ -78,7 +79,10 @@ def _train_and_export(config, world):
     )
     pair.engine.backward(total)
     pair.engine.step()
-    recipe = Recipe("checkpoint", {"student": student.digest}, {}, student.digest, student.tokenizer_digest)
+    inputs = {"student": student.digest, "shards": "0" * 64, "senses": "0" * 64}
+    settings = config.as_dict()
+    settings = {key: settings[key] for key in ("loss", "train", "student", "seed", "precision")}
+    recipe = Recipe("checkpoint", inputs, settings, find_teacher(config).digest, student.tokenizer_digest)
     facts = {"step": 1, "total_steps": 1, "world_size": 1, "mlflow_run_id": None, "dtype": _dtype(config)}
     saving.save(pair, config, recipe, facts, world)
     pair.engine.destroy()

@@ -207,11 +207,18 @@ class Prompter:
         an error for these turns.
         """
         num_shots = len(question.shots) if num_shots is None else num_shots
-        if not self.has_template:
-            return question.plain(num_shots)
+        return self._chat(question.messages(num_shots)) if self.has_template else question.plain(num_shots)
+
+    def request(self, text: str) -> str:
+        """Returns a user's request as the text whose tokens the model reads: a chat, or `text` itself if there is no
+        chat template. Raises a UserError when the chat template raises an error.
+        """
+        return self._chat([{"role": "user", "content": text}]) if self.has_template else text
+
+    def _chat(self, messages: list[dict[str, str]]) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                question.messages(num_shots), tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS
+                messages, tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS
             )
         except Exception as error:  # templates can raise any kind of error
             raise UserError(

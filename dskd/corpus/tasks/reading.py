@@ -48,7 +48,8 @@ def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]
     _, parse = _FORMATS[benchmark.name]
     for row_place, row in rows:
         try:
-            example = _of_whole_characters(parse(benchmark, row))
+            example = parse(benchmark, row)
+            _require_whole_characters(example)
             if benchmark.one_score_a_subject and split != benchmark.trained and not example.subject:
                 raise _NoExampleError("it has no subject, and the score is a mean over subjects")
             examples.append(example)
@@ -67,16 +68,15 @@ def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]
     return named
 
 
-def _of_whole_characters(example: Example) -> Example:
-    """Returns the example. Raises a _NoExampleError if one of its texts has half of a surrogate pair: JSON can express
-    it, but no tokenizer can read it.
+def _require_whole_characters(example: Example) -> None:
+    """Raises a _NoExampleError if a text of the example has half of a surrogate pair: JSON can express it, but no
+    tokenizer can read it.
     """
     for text in (example.name, example.question, *example.answers, *example.choices, example.passage, example.subject):
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise _NoExampleError(f"{text[:40]!r} has half of a character, {text[error.start]!r}; remove it") from None
-    return example
 
 
 def _named(examples: list[Example], split: str) -> list[Example]:

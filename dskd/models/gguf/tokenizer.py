@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from dskd.errors import UserError
 from dskd.models.gguf.file import GgufFile
+from dskd.models.tokenizing import answer_end
 
 # The types of tokens, in tokenizer.ggml.token_type.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -101,24 +102,8 @@ def turn_ends(file: GgufFile, tokenizer: Any) -> list[int]:
     The file names some; the token that follows an answer in the chat template ends one too.
     """
     named = [file.value(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")]
-    ends = {tokenizer.eos_token_id, *named, _end_in_template(tokenizer)} - {None}
+    ends = {tokenizer.eos_token_id, *named, answer_end(tokenizer)} - {None}
     return sorted(token for token in ends if 0 <= token < len(tokenizer))
-
-
-def _end_in_template(tokenizer: Any) -> int | None:
-    """Returns the special token that follows an answer in the chat template; None if there is none."""
-    if not tokenizer.chat_template:
-        return None
-    answer = "dskdanswer"
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-    try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # a template is a program of the model's makers, which may raise anything
-        return None
-    after = str(rendered).rpartition(answer)[2].lstrip()
-    special = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    following = [token for token in special if after.startswith(token)]
-    return special[max(following, key=len)] if following else None
 
 
 def compare_tokenizers(named: Any, file: GgufFile, name: str) -> str:

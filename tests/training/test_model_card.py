@@ -1,0 +1,193 @@
+"""The model card of an export: what it says of teacher and licence, and that the hub's own library reads it."""
+
+import ast
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+from tiny_models import save_model
+
+from dskd.config import Config, LossConfig
+from dskd.models.folder import ModelFolder
+from dskd.training.model_card import Result, render_card, write_card
+from dskd.training.teacher_licence import describe_teacher, obligations
+
+HUB = {
+    "origin": "hub",
+    "name": "org/big-model",
+    "base_model": ["org/big-model"],
+    "license": "apache-2.0",
+    "architecture": "LlamaForCausalLM",
+    "layers": 30,
+}
+
+
+def _facts(teacher=HUB, student=None, loss=None, **card):
+    """Facts as an export's manifest has them."""
+    return {
+        "run": "kd",
+        "step": 40,
+        "rounding_error": 0.0,
+        "card": {
+            **({"teacher": teacher} if teacher else {}),
+            "student": {"digest": "d", "origin": "cut", "num_layers": 4, "layers": [0, 1, 28, 29]}
+            | {"has_chat_template": True}
+            | (student or {}),
+            "text": {"source": "wordnet", "documents": 1234},
+            "lexicon": {"wordnet": {"synonym": 10, "antonym": 2}, "own lists": {"synonym": 3, "antonym": 0}},
+            "loss": LossConfig(**(loss or {})).as_dict(),
+            "training": {
+                "learning_rate": 0.001,
+                "global_batch_size": 16,
+                "steps": 40,
+                "sequences": 640,
+                "sequence_length": 128,
+                "trained": {"train_layers": 2, "train_embeddings": False, "train_final_norm": True},
+                "precision": "bf16",
+                "seed": 0,
+            },
+            **card,
+        },
+    }
+
+
+def _card(tmp_path, *arguments, **options):
+    """Returns the card as the hub's library loads it from a file, and its text."""
+    text = render_card(*arguments, packages={"dskd": "0.1.0", "torch": "2.9.0", "numpy": "2"}, **options)
+    assert write_card(tmp_path, text)
+    assert not write_card(tmp_path, text)  # it is there already
+    card = ModelCard.load(tmp_path / "README.md")
+    assert str(card) == text
+    return card.data, card.text
+
+
+def test_the_card_has_what_the_manifest_says(tmp_path):
+    data, text = _card(tmp_path, _facts(loss={"kd_weight": 10, "sense_weight": 1, "hidden_weight": 20}))
+    assert data.base_model == "org/big-model"
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "text-generation")
+    assert data.eval_results is None
+    for part in (
+        "[org/big-model](https://huggingface.co/org/big-model) (LlamaForCausalLM, 30 layers)",
+        "its layers 0, 1, 28, 29 of 30, counted from 0; trained: the last 2 layers, the final norm",
+        "WordNet's definitions and examples; 1,234 documents",
+        "wordnet (10 synonym pairs, 2 antonym pairs); own lists (3 synonym pairs, 0 antonym pairs)",
+        "1 × cross-entropy with the next token + 10 × T² × KL(teacher ‖ student), T = 2 + 1 × sense loss "
+        "(form: distance) + 20 × squared distance to the teacher's last hidden state",
+        "40 steps of 16 sequences of up to 128 tokens (81,920 in all, at most)",
+        "dskd 0.1.0, torch 2.9.0\n",
+        "Not evaluated yet.",
+        "The teacher is under the Apache License 2.0, which applies to this model too",
+        "state that the model was changed",
+        "arXiv:2602.22351",
+    ):
+        assert part in text, part
+
+
+def test_without_a_sense_loss_no_lexicon_is_named(tmp_path):
+    _, text = _card(tmp_path, _facts(loss={"sense_weight": 0}))
+    assert "antonym" not in text
+    assert "sense embeddings" not in text
+
+
+def test_results_are_in_the_text_and_in_the_head(tmp_path):
+    held_out = Result(
+        "Held-out text",
+        ["teacher", "this model"],
+        [("perplexity", ["12.5", "20.25"]), ("accuracy", ["0.5", "0.4"])],
+        "held-out-text",
+        {"perplexity": 20.25, "accuracy": 0.4},
+    )
+    data, text = _card(tmp_path, _facts(), results=[held_out])
+    assert "Not evaluated" not in text
+    assert "\nHeld-out text:\n\n| | teacher | this model |\n|---|---:|---:|\n| perplexity | 12.5 | 20.25 |\n" in text
+    assert data.model_name == "kd"
+    found = {(result.dataset_type, result.metric_type): result.metric_value for result in data.eval_results}
+    assert found == {("held-out-text", "perplexity"): 20.25, ("held-out-text", "accuracy"): 0.4}
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_the_program_in_the_card_is_python_that_chats_or_continues(tmp_path, has_template):
+    _, text = _card(tmp_path, _facts(student={"has_chat_template": has_template}))
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    ast.parse(program)
+    assert ('"role": "user"' in program) == has_template
+
+
+@pytest.mark.parametrize(
+    ("known", "asks"),
+    [
+        ({"license": "apache-2.0"}, "keep the teacher's notices"),
+        ({"license": "llama3.1"}, "“Built with Llama” where the model is made available; let the model's name begin"),
+        ({"license": "llama3"}, "show “Built with Meta Llama 3”"),
+        ({"license": "other", "license_name": "llama2"}, "do not use the model or its output to improve other"),
+        ({"license": "gemma"}, "bind everybody who gets it to the use restrictions"),
+        ({"license": "other", "license_name": "own-terms"}, "name its licence as own-terms. See the teacher's licence"),
+        ({}, "The teacher's files do not state its licence. See the teacher's licence"),
+    ],
+)
+def test_the_card_says_what_the_teachers_licence_asks(tmp_path, known, asks):
+    teacher = {key: value for key, value in HUB.items() if key != "license"} | known
+    data, text = _card(tmp_path, _facts(teacher))
+    assert asks in text
+    assert (data.license, data.get("license_name")) == (known.get("license"), known.get("license_name"))
+
+
+def test_a_teacher_that_is_not_here_is_not_named(tmp_path):
+    data, text = _card(tmp_path, _facts(teacher=None))
+    assert data.base_model is None
+    assert data.license is None
+    assert "not known: it was not on the machine that exported the model" in text
+    assert "do not state its licence" in text
+
+
+def test_a_pretrained_student_has_a_licence_and_a_name_of_its_own(tmp_path):
+    student = {"origin": "path", "name": "org/small", "license": "mit"}
+    data, text = _card(tmp_path, _facts(student=student))
+    assert data.base_model == ["org/small", "org/big-model"]
+    assert data.license is None  # two licences apply
+    assert "began as org/small" in text
+    assert "which is under the MIT License; that licence applies too: with every copy" in text
+
+
+def test_markdown_in_names_is_not_read_as_such(tmp_path):
+    name = "Evil | <img src=x> [a](b) `c`"
+    _, text = _card(tmp_path, _facts({**HUB, "origin": "gguf", "name": name, "base_model": []}))
+    assert "Evil \\| &lt;img src=x&gt; \\[a](b) 'c'" in text
+    assert "add `base_model: ORGANISATION/NAME` to the head" in text
+
+
+def _teacher(tmp_path, path, card=None):
+    """Returns what is known of a random model in a folder, with a card of its own."""
+    folder = tmp_path / "model"
+    save_model(folder)
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    config = Config(workdir=str(tmp_path / "work"), teacher={"path": path or str(folder)})
+    return describe_teacher(config, ModelFolder(folder, "", ""))
+
+
+def test_a_teacher_of_the_hub_has_its_name_and_the_licence_of_its_card(tmp_path):
+    card = "---\nlicense: llama3.2\nlicense_link: https://example.org/x\nbase_model: org/older\n---\n# A model\n"
+    facts = _teacher(tmp_path, "org/name", card)
+    assert facts == {
+        "origin": "hub",
+        "name": "org/name",
+        "base_model": ["org/name"],
+        "license": "llama3.2",
+        "license_link": "https://example.org/x",
+        "architecture": "LlamaForCausalLM",
+        "layers": 4,
+    }
+    assert obligations(facts)[0] == "the Llama 3.2 Community License"
+
+
+@pytest.mark.parametrize(
+    "card", [None, "# no head", "---\n[1, 2]\n---\n", "---\na: [\n---\n", "---\nlicense: 3\n---\n"]
+)
+def test_a_local_teacher_has_no_name_and_the_licence_that_its_card_has_if_any(tmp_path, card):
+    assert _teacher(tmp_path, None, card) == {
+        "origin": "folder",
+        "architecture": "LlamaForCausalLM",
+        "layers": 4,
+    }
+    assert _teacher(tmp_path, None, "---\nlicense: [mit]\n---\n")["license"] == "mit"
