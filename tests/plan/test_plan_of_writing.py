@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from plans import LLAMA, MACHINES, SMALL, cluster_of, config_of, run_plan, shapes_file
+from plans import LLAMA, MACHINES, SMALL, cluster_of, config_of, shapes_file
 from small_teachers import write_job
 
 from dskd.artifacts.building import build_artifact
@@ -62,20 +62,20 @@ def test_a_sharded_teacher_is_gathered_for_every_token(tmp_path):
     assert "gathering" not in _plan(tmp_path, ranks=2, memory_bandwidth=1e15).limit  # it fits, so it is whole
 
 
-def test_the_plan_has_a_table_of_it(tmp_path, monkeypatch, capsys):
+def test_the_plan_has_a_table_of_it(tmp_path, dskd):
     path = tmp_path / "config.yaml"
     config_of(tmp_path)
     arguments = ["--config", path, "--teacher-config", shapes_file(tmp_path), *MACHINES, *SMALL, "--samples", 1000]
-    _, out, _ = run_plan(monkeypatch, capsys, *arguments, *WRITES)
+    _, out, _ = dskd("plan", *arguments, *WRITES)
     assert "the teacher writes the text" in out
     assert "tokens to write, at most" in out
     assert "20,000" in out
-    _, out, _ = run_plan(monkeypatch, capsys, *arguments, "corpus.source=teacher")
+    _, out, _ = dskd("plan", *arguments, "corpus.source=teacher")
     assert "unknown: set corpus.max_senses" in out
-    _, out, _ = run_plan(monkeypatch, capsys, *arguments, *WRITES, "corpus.server=http://localhost:1")
+    _, out, _ = dskd("plan", *arguments, *WRITES, "corpus.server=http://localhost:1")
     assert "unknown: those of corpus.server" in out
     assert "memory of a GPU" not in out
-    _, out, _ = run_plan(monkeypatch, capsys, *arguments)
+    _, out, _ = dskd("plan", *arguments)
     assert "the teacher writes" not in out
 
 
