@@ -10,13 +10,7 @@ from dskd.corpus.written.requests import PARTS_OF_SPEECH, Request
 from dskd.errors import UserError, reason_of
 from dskd.lexicon.reading import is_storable
 
-_KINDS = (
-    "two or three sentences of a story",
-    "two or three sentences of a newspaper article",
-    "two or three sentences of a letter to a friend",
-    "a short paragraph of an essay",
-    "a short paragraph that explains something to a student",
-)
+_KINDS = ("two or three sentences", "two or three sentences of a story", "a short paragraph")
 
 
 class Prompter:
@@ -32,9 +26,10 @@ class Prompter:
         """Returns the request in words, as the user of a chat would write it."""
         sense = request.sense
         kind = _KINDS[request.seed(self._seed) % len(_KINDS)]
+        part = PARTS_OF_SPEECH[sense.part_of_speech]
+        # Small models use the word more often if it comes before its meaning, and again at the end.
         return (
-            f'Write {kind} that use the {PARTS_OF_SPEECH[sense.part_of_speech]} "{sense.word}" in this sense: '
-            f"{sense.gloss}. Write only the text."
+            f'"{sense.word}" ({part}) means: {sense.gloss}.\n\nWrite {kind} with the word "{sense.word}" in this sense.'
         )
 
     def text(self, request: Request) -> str:

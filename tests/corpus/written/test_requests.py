@@ -64,7 +64,8 @@ def test_a_chat_model_is_asked_with_its_template_and_a_base_model_gets_a_beginni
     chat = Prompter(tokenizer, 0)
     assert chat.is_chat
     assert chat.text(BANK) == f"user {chat.question(BANK)} assistant "
-    assert 'the noun "bank" in this sense: sloping land beside water.' in chat.question(BANK)
+    assert chat.question(BANK).startswith('"bank" (noun) means: sloping land beside water.\n\nWrite ')
+    assert chat.question(BANK).endswith(' with the word "bank" in this sense.')
 
 
 def test_special_tokens_are_written_once(tmp_path):
