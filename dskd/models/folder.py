@@ -354,6 +354,7 @@ def _local_or_hub(key: str, path: str, revision: str | None, patterns: tuple[str
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        named = "" if revision is None else f" ({key.partition('.')[0]}.revision: {revision})"
         raise UserError(
-            f"{key}: {path!r} is not a folder here, and cannot be fetched from the hub ({first_line(error)})"
+            f"{key}: {path!r}{named} is not a folder here, and cannot be fetched from the hub ({first_line(error)})"
         ) from None

@@ -30,13 +30,26 @@ def copies_are_current(config: Config, teacher: ModelFolder) -> bool:
         return True
     if not _has_training(config):
         return False
+    _warn(config, source, changed)
+    return True
+
+
+def warn_of_old_copies(config: Config, teacher: ModelFolder) -> None:
+    """Warns if the student's copies are no longer those of its source. Does nothing if the source is gone."""
+    source = teacher.path
+    if config.student.origin == "path":  # the folder it was copied from, so that no model is searched or hashed
+        source = Path(read_manifest(config.path(kinds.STUDENT.folder), "student").facts["folder"])
+    if source.is_dir() and (changed := changed_copies(config, source)):
+        _warn(config, source, changed)
+
+
+def _warn(config: Config, source: Path, changed: list[str]) -> None:
     student, what = config.path(kinds.STUDENT.folder), " and ".join(changed)
     warn(
-        f"{source}: the {what} changed after {student} was made from it; runs are trained from that student already, "
-        f"so it and its exports keep the old {what}. To use the new one, put it into a copy of the export; or make the "
-        f"student again with `{kinds.STUDENT.made_by}`, after which the pipeline trains again"
+        f"{source}: the {what} changed after {student} was made from it, and that student and its exports keep the old "
+        f"{what}. To use the new one, put it into a copy of the export; or make the student again with "
+        f"`{kinds.STUDENT.made_by}`, and train its runs again"
     )
-    return True
 
 
 def source_of(config: Config, teacher: ModelFolder) -> Path:

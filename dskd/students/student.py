@@ -110,11 +110,14 @@ def require_configured_student(config: Config, teacher: ModelFolder, student: Mo
             different = ", ".join(f"{key} {manifest.config.get(key)} and {expected[key]}" for key in changed)
             raise UserError(f"{student.path}: student and config differ: {different}; {again}")
         return
-    copied, named = manifest.facts["path"], config.student.path
+    copied = manifest.facts["path"], manifest.facts["revision"]
+    named = config.student.path, config.student.revision
     # Another place may have the same model, so it is read before it is refused.
-    if (copied, manifest.facts["revision"]) != (named, config.student.revision) and (
-        manifest.inputs["model"] != find_pretrained_student(config).digest
-    ):
+    if copied != named and manifest.inputs["model"] != find_pretrained_student(config).digest:
+        of_copy, of_config = (
+            f"{path}{'' if revision is None else f' ({revision})'}" for path, revision in (copied, named)
+        )
         raise UserError(
-            f"{student.path}: the student is a copy of {copied}, but student.path is {named}, another model; {again}"
+            f"{student.path}: the student is a copy of {of_copy}, but student.path is {of_config}, another model; "
+            f"{again}"
         )

@@ -14,9 +14,10 @@ from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.precision import resolve_precision
 from dskd.random_numbers import derived_seed
 from dskd.senses.dictionary import load_dictionary, require_fitting
+from dskd.students.copies import warn_of_old_copies
 from dskd.students.student import find_student, require_configured_student
-from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
+from dskd.training.distribution_candidates import CandidateRows
 from dskd.training.positions import SensePositions
 from dskd.training.schedule import Schedule
 from dskd.training.sense_bank import load_bank
@@ -142,11 +143,12 @@ def _require_one_vocabulary(config: Config, teacher: ModelFolder, student: Model
 def verify_inputs(config: Config, inputs: TrainingInputs) -> None:
     """Compares every file of dictionary, student and shards with its manifest, and the shards with the other inputs.
 
-    Files of remote shards are compared later, when they are read.
+    Files of remote shards are compared later, when they are read. Warns if the student's copies of small files are old.
     """
     verify_files(inputs.vectors_path.parent, inputs.senses)
     student = read_manifest(inputs.student.path, "student")
     verify_files(inputs.student.path, student)
+    warn_of_old_copies(config, inputs.teacher)
     shards.require_fitting(
         config,
         "train",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dskd.config import Config
-from dskd.console import progress_bar, say
+from dskd.console import progress_bar, say, warn
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.models.frozen import load_frozen
@@ -24,6 +24,10 @@ from dskd.training.schedule import Schedule
 from dskd.training.width_map import StateSums
 
 SEQUENCES = 256  # that the fit reads, rounded up to whole steps, or those of one epoch if there are fewer
+# AdamW's first steps change every weight by the learning rate, whatever its gradient. In a student with random weights,
+# 5e-4 replaced the states as a whole in one step (docs/training.md), for which a fit to the old states is no fit.
+_LARGE_FIRST_RATE = 2e-5
+_LOW_R_SQUARED = 0.5  # less is typical of random weights
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,14 @@ def fit_width_map(
         f"  states of width {own} are mapped to the teacher's {width}: the least-squares fit over {fit.sequences:,} "
         f"sequences ({fit.positions:,} positions) has R² {fit.r_squared:.4f}"
     )
+    first_rate = schedule.learning_rate(0, config.train.peak_learning_rate, config.train.warmup_share)
+    if world.is_main and fit.r_squared < _LOW_R_SQUARED and first_rate > _LARGE_FIRST_RATE:
+        warn(
+            f"the first step has the learning rate {first_rate:.1e}, which can change all states of a student whose "
+            f"fit is this low; hidden-state distance and sense loss may then multiply in the first steps. Raise "
+            f"train.warmup_share, or lower train.learning_rate, so that the first step has {_LARGE_FIRST_RATE:.0e} or "
+            "less"
+        )
     return fit
 
 

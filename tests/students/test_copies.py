@@ -12,7 +12,7 @@ from dskd.artifacts.manifest import Recipe, read_manifest
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.models.folder import find_teacher
-from dskd.students.copies import changed_copies, source_of
+from dskd.students.copies import changed_copies, source_of, warn_of_old_copies
 from dskd.students.student import build_student
 
 STUDENTS = {
@@ -85,6 +85,22 @@ def test_training_outlives_another_template(config_file, capsys):
     assert _is_current(config_file)
     _make(config, "shards", {"sequences": "other"})  # training repeats anyway
     assert not _is_current(config_file)
+
+
+def test_training_that_starts_by_itself_warns_too(config_file, capsys):
+    """Training alone makes no student again. A pretrained model may be gone by then: the student is a copy."""
+    config = load_config(config_file)
+    source, teacher = _source(config), find_teacher(config)
+    warn_of_old_copies(config, teacher)
+    assert capsys.readouterr().err == ""
+    (source / "generation_config.json").write_text('{"eos_token_id": 1}')
+    warn_of_old_copies(config, teacher)
+    printed = capsys.readouterr().err
+    assert f"{source}: the generation config changed after" in printed
+    assert "make the student again with `dskd student --config FILE`" in printed
+    shutil.rmtree(source)
+    warn_of_old_copies(config, teacher)
+    assert capsys.readouterr().err == ""
 
 
 def _make(config: Config, kind, inputs):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from dskd.artifacts.manifest import is_current, read_manifest
 from dskd.config import Config, NewStudentConfig
 from dskd.errors import UserError
-from dskd.models.folder import find_teacher
+from dskd.models.folder import _local_or_hub, find_teacher
 from dskd.pipeline import run_pipeline
 from dskd.students.new import config_values, num_parameters
 from dskd.students.student import build_student, find_student, recipe, require_configured_student
@@ -80,6 +80,62 @@ def test_the_recipe_follows_the_model_and_not_its_place(tmp_path):
     assert not is_current(moved.path("student"), recipe(moved, found))
     with pytest.raises(UserError, match=rf"is a copy of {tmp_path}/pretrained, but student.path is {tmp_path}/moved"):
         require_configured_student(moved, found, find_student(moved))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache of the hub in which one model has two revisions: `main` with 3 layers, and the tag `v1` with 2."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = tmp_path / "hub" / "models--some--model"
+    (model / "refs").mkdir(parents=True)
+    for revision, commit, layers in (("main", "a" * 40, 3), ("v1", "b" * 40, 2)):
+        (model / "refs" / revision).write_text(commit)
+        _save_pretrained(model / "snapshots" / commit, num_hidden_layers=layers)
+    yield model
+    _local_or_hub.cache_clear()
+
+
+@pytest.mark.parametrize(("revision", "layers"), [(None, 3), ("main", 3), ("v1", 2), ("b" * 40, 2)])
+@pytest.mark.usefixtures("teacher")
+def test_a_student_of_the_hub_is_the_revision_that_the_config_names(tmp_path, hub, revision, layers):
+    config = _config(tmp_path, student={"path": "some/model", "revision": revision})
+    build_student(config)
+    assert find_student(config).load_config().num_hidden_layers == layers
+    facts = read_manifest(config.path("student"), "student").facts
+    assert (facts["path"], facts["revision"]) == ("some/model", revision)
+    assert facts["folder"] == str(hub / "snapshots" / (("a" if layers == 3 else "b") * 40))
+    teacher = find_teacher(config)
+    assert is_current(config.path("student"), recipe(config, teacher))
+    same, other = ("main", "v1") if layers == 3 else ("v1", "main")
+    same, other = (_config(tmp_path, student={"path": "some/model", "revision": name}) for name in (same, other))
+    require_configured_student(same, teacher, find_student(config))
+    assert not is_current(other.path("student"), recipe(other, teacher))
+    copied, named = ("" if name is None else rf" \({name}\)" for name in (revision, other.student.revision))
+    with pytest.raises(
+        UserError, match=f"a copy of some/model{copied}, but student.path is some/model{named}, another"
+    ):
+        require_configured_student(other, teacher, find_student(config))
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        (
+            {"path": "some/other"},
+            r"student\.path: 'some/other' is not a folder here, and cannot be fetched from the hub",
+        ),
+        (
+            {"path": "some/model", "revision": "v2"},
+            r"student\.path: 'some/model' \(student\.revision: v2\) is not a folder here, and cannot be fetched",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("teacher", "hub")
+def test_a_student_that_the_hub_does_not_have_is_refused(tmp_path, student, message):
+    with pytest.raises(UserError, match=message):
+        build_student(_config(tmp_path, student=student))
+    assert not (tmp_path / "work" / "student").exists()
 
 
 def _swap_words(folder):

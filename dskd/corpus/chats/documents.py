@@ -8,6 +8,7 @@ from dskd.artifacts.hashing import digest_of_json
 from dskd.config import Config
 from dskd.console import warn
 from dskd.corpus.chats.rendering import ChatWriter
+from dskd.corpus.chats.special_tokens import SpecialTokenError
 from dskd.corpus.chats.turns import DECODER, ChatColumns, ChatError
 from dskd.corpus.files import Document, read_records
 from dskd.corpus.hub import read_dataset_rows
@@ -66,11 +67,15 @@ def _documents(
     writer = ChatWriter(tokenizer, answers_only=config.corpus.loss_on == "assistant")
     problems: list[str] = []
     not_text: list[str] = []
+    special: list[str] = []
     count, read = 0, ""
     for place, record in numbered:
         count += 1
         try:
             written = writer.write(columns.parse(record))
+        except SpecialTokenError as error:
+            special.append(f"{place}, {error}")
+            continue
         except (ChatError, RecursionError) as error:
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
             problems.append(f"{place}: {reason}")
@@ -95,6 +100,16 @@ def _documents(
         warn(
             f"{source}: {len(not_text):,} chats are not text (a NUL or half a surrogate pair) and are left out: "
             f"{shortened(not_text)}"
+        )
+    if special:
+        warn(
+            listed(
+                f"{source}: {len(special):,} of the {count:,} chats say a special token, which the model would read as "
+                "the end or the beginning of a turn or of the text. They are left out; to keep one, write the token "
+                "differently there, with a space inside, for example",
+                special,
+                _SHOWN_PROBLEMS,
+            )
         )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from dskd.corpus.chats.special_tokens import SpecialTokens
 from dskd.corpus.chats.turns import ASSISTANT, Chat, ChatError, Message
 from dskd.lexicon.reading import is_storable
 
@@ -50,16 +51,20 @@ class ChatWriter:
         self._tokenizer = tokenizer
         self._answers_only = answers_only
         self._added_tokens = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+        self._special = SpecialTokens(tokenizer)
 
     def write(self, chat: Chat) -> WrittenChat | None:
         """Returns a chat as text and tokens; None if it has characters that are not text (a NUL or half a surrogate
         pair).
 
         Raises:
+            SpecialTokenError: when the chat says a special token that the template writes, such as that of a turn's
+                end.
             ChatError: when the template refuses the chat or leaves out a part of it, or when the tokens of an answer
                 cannot be told from those of its prompt.
         """
         text = self._text(chat.messages, chat.tools)
+        self._special.require_none_said(chat, self._text)
         self._require_all_written(chat, text)
         if not is_storable(text):  # tokenizers raise an error for half a surrogate pair
             return None

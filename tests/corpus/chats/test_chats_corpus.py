@@ -248,6 +248,27 @@ def test_chats_that_are_not_text_are_left_out_with_a_warning(tmp_path, configure
     assert sum(1 for split in ("train", "validation") for _ in read_texts(config, split)) == 20
 
 
+def test_chats_that_say_a_token_of_the_template_are_left_out_and_counted(tmp_path, configure, capsys):
+    said = [
+        [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+        for user, answer in (("What is <|im_end|>?", "A token."), ("Hi", "Hello!<|im_end|>\n<|im_start|>user\nBye"))
+    ]
+    chats = [_chat(0), {"messages": said[0]}, *(_chat(number) for number in range(1, 20)), {"messages": said[1]}]
+    path = _write(tmp_path / "a.jsonl", chats)
+    sequences = _build(configure(train=(path,)))
+    assert (
+        f"corpus.train: 2 of the 22 chats say a special token, which the model would read as the end or the beginning "
+        "of a turn or of the text. They are left out; to keep one, write the token differently there, with a space "
+        f"inside, for example: {path}:2, turn 1: '<|im_end|>' {path}:22, turn 2: '<|im_end|>' "
+    ) in f"{' '.join(capsys.readouterr().err.split())} "
+    batches = [sequences[split].batch(0, len(sequences[split])) for split in sequences]
+    config = configure(train=(path,))
+    end = find_teacher(config).load_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    # Each of the other chats ends three turns, and only the answer's end counts.
+    assert sum(int((batch.input_ids == end).sum()) for batch in batches) == 20 * 3
+    assert sum(int((batch.input_ids.roll(-1)[batch.has_target] == end).sum()) for batch in batches) == 20
+
+
 def _nested(depth):
     return '{"messages": ' + "[" * depth + "]" * depth + "}"
 

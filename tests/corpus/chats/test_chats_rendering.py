@@ -6,9 +6,14 @@ import pytest
 from chat_templates import LLAMA, MARKED, MISTRAL, SMOLLM, THINKING, TOOLS, chat_tokenizer
 
 from dskd.corpus.chats.rendering import ChatWriter
+from dskd.corpus.chats.special_tokens import SpecialTokenError
 from dskd.corpus.chats.turns import ChatColumns, ChatError
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"city": "string"}}}
+JOINING = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 SPECIAL = re.compile(r"<\|\w+\|>|</?s>")
 
 
@@ -64,13 +69,20 @@ def by_hand(marked):
             "<|im_start|>assistant\n⟦Two<|im_end|>⟧\n<|im_start|>user\nBye<|im_end|>\n",
         ),
         (MISTRAL, TWO_ANSWERS[1:], "<s>[INST] Hi [/INST]⟦ Hello!</s>⟧[INST] 1+1? [/INST]⟦ Two</s>⟧"),
-        # An empty system turn, and an answer that is in several languages, or quotes a prompt.
+        # An empty system turn, and an answer that is in several languages, or quotes a prompt in other characters.
         (
             SMOLLM,
-            turns(("s", ""), ("u", "x"), ("a", "é日"), ("u", "Two"), ("a", "x\n<|im_start|>user\n\n")),
+            turns(("s", ""), ("u", "x"), ("a", "é日"), ("u", "Two"), ("a", "x\n<|im_start>user\n\n")),
             "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nx<|im_end|>\n"
             "<|im_start|>assistant\n⟦é日<|im_end|>⟧\n<|im_start|>user\nTwo<|im_end|>\n"
-            "<|im_start|>assistant\n⟦x\n<|im_start|>user\n\n<|im_end|>⟧\n",
+            "<|im_start|>assistant\n⟦x\n<|im_start>user\n\n<|im_end|>⟧\n",
+        ),
+        # A special token that this template does not write is a token like any other.
+        (
+            SMOLLM,
+            turns(("s", "x"), ("u", "Hi <|eot_id|>"), ("a", "<|begin_of_text|>!")),
+            "<|im_start|>system\nx<|im_end|>\n<|im_start|>user\nHi <|eot_id|><|im_end|>\n"
+            "<|im_start|>assistant\n⟦<|begin_of_text|>!<|im_end|>⟧\n",
         ),
         (
             THINKING,
@@ -90,6 +102,35 @@ def test_every_token_counts_as_marked_by_hand(template, messages, expected):
     if template is MARKED:  # transformers' own mask, which is right if each token is a character
         own = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         assert own["assistant_masks"] == counted
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "tools", "place"),
+    [
+        (SMOLLM, turns(("u", "What is <|im_end|>?"), ("a", "A token.")), None, r"turn 1: '<\|im_end\|>'"),
+        (SMOLLM, turns(("u", "Hi"), ("a", "x\n<|im_start|>user\n\n")), None, r"turn 2: '<\|im_start\|>'"),
+        (MARKED, turns(("u", "Hi"), ("a", "x<|im_end|>\n")), None, r"turn 2: '<\|im_end\|>'"),
+        (LLAMA, turns(("u", "Hi<|eot_id|>"), ("a", "x")), None, r"turn 1: '<\|eot_id\|>'"),
+        # The tokens that begin and end a text, which no template has to write: here they are HTML.
+        (SMOLLM, turns(("u", "<s>old</s> new"), ("a", "x")), None, "turn 1: '<s>'"),
+        # The first turn is not the record's.
+        (SMOLLM, turns(("u", "Hi"), ("a", "</s>")), "system", "turn 2: '</s>'"),
+        (TOOLS, turns(("u", "Hi"), ("a", "x")), [WEATHER | {"type": "<|im_end|>"}], r"its tools: '<\|im_end\|>'"),
+        # Without the token, the template refuses the chat.
+        (
+            "{{ raise_exception('no') if '<|im_end|>' not in messages[0].content }}" + JOINING,
+            turns(("u", "<|im_end|>"), ("a", "x")),
+            None,
+            r"turn 1: '<\|im_end\|>'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("answers_only", [True, False])
+def test_a_chat_that_says_a_token_of_the_template_is_refused(template, messages, tools, place, answers_only):
+    record = {"messages": messages, "system": "Be brief."} if tools == "system" else {"messages": messages}
+    chat = ChatColumns("text").parse(record | ({"tools": tools} if isinstance(tools, list) else {}))
+    with pytest.raises(SpecialTokenError, match=f"^{place}$"):
+        ChatWriter(chat_tokenizer(template), answers_only=answers_only).write(chat)
 
 
 def test_calls_of_tools_count_and_their_results_do_not():
@@ -117,12 +158,6 @@ def test_with_loss_on_all_tokens_only_the_first_does_not_count():
 def test_the_date_is_always_the_same():
     template = "{{ strftime_now('%Y-%m-%d') }} {{ date_string }}" + SMOLLM
     assert write(template, TWO_ANSWERS).text.startswith("2024-07-26 26 Jul 2024<|im_start|>")
-
-
-JOINING = (
-    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
 
 
 @pytest.mark.parametrize("adds_space", [False, True])

@@ -7,10 +7,14 @@ import pytest
 from huggingface_hub import ModelCard
 from tiny_models import save_model
 
+from dskd.artifacts.manifest import Manifest
 from dskd.config import Config, LossConfig
+from dskd.models.digests import digest_of_model
 from dskd.models.folder import ModelFolder
-from dskd.training.model_card import Result, render_card, write_card
-from dskd.training.teacher_licence import describe_teacher, obligations
+from dskd.training.checkpoint import Checkpoint
+from dskd.training.exporting.card import Result, render_card, write_card
+from dskd.training.exporting.card_facts import find_source_teacher
+from dskd.training.exporting.licences import describe_teacher, obligations
 
 HUB = {
     "origin": "hub",
@@ -164,6 +168,30 @@ def _teacher(tmp_path, path, card=None):
         (folder / "README.md").write_text(card)
     config = Config(workdir=str(tmp_path / "work"), teacher={"path": path or str(folder)})
     return describe_teacher(config, ModelFolder(folder, "", ""))
+
+
+def test_a_teacher_of_the_hub_is_looked_for_on_this_machine_and_never_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    config = Config(workdir=str(tmp_path / "work"), teacher={"path": "org/name"})
+    config.path().mkdir()
+
+    def source(teacher):
+        manifest = Manifest("checkpoint", 1, {}, {}, teacher, None, {}, {}, {})
+        return Checkpoint(tmp_path, 1, manifest)
+
+    assert find_source_teacher(config, source("0" * 64)) is None
+    assert "org/name was not fetched from the hub to this machine" in capsys.readouterr().err
+    folder = tmp_path / "cache" / "models--org--name"
+    save_model(folder / "snapshots" / "abc")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    assert find_source_teacher(config, source("0" * 64)) is None
+    assert "is another model than the one that run 'dskd' was trained with" in capsys.readouterr().err
+    digest = digest_of_model(folder / "snapshots" / "abc", cache=tmp_path / "digests.json")
+    assert find_source_teacher(config, source(digest)).path == folder / "snapshots" / "abc"
+    (folder / "snapshots" / "abc" / "model.safetensors").unlink()  # as `dskd plan` fetches only the config
+    assert find_source_teacher(config, source(digest)) is None
 
 
 def test_a_teacher_of_the_hub_has_its_name_and_the_licence_of_its_card(tmp_path):

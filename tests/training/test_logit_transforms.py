@@ -1,0 +1,128 @@
+"""Pairs whose logits are scaled or capped, from text to export: numbers are those of transformers and autograd."""
+
+import shutil
+
+import pytest
+import torch
+from architectures import save_architecture
+from plain_reading import run_apart
+from rank_processes import ONE_RANK
+from safetensors.torch import load_file
+from tiny_work import NO_RUNS, write_config
+from torch.nn import functional as F
+from tracked_results import losses_of
+from transformers import AutoModelForCausalLM
+
+from dskd import shards
+from dskd.config.reading import load_config
+from dskd.corpus.build import build_corpus
+from dskd.corpus.sequences import build_sequences
+from dskd.lexicon.build import build_lexicon
+from dskd.models.folder import find_teacher
+from dskd.senses.build import build_senses
+from dskd.shards.annotate import annotate
+from dskd.students.student import build_student
+from dskd.training import checkpoint
+from dskd.training.collator import Collator
+from dskd.training.exporting.export import build_export
+from dskd.training.loader import load_steps
+from dskd.training.schedule import plan_schedule
+from dskd.training.train import train
+
+pytestmark = pytest.mark.slow
+
+END = 0
+WORDS = [f"w{index}" for index in range(100)]
+CUT = {"layers": 2, "train_layers": "all", "train_embeddings": True, "train_final_norm": True, "train_lm_head": True}
+BASE = {
+    "precision": "fp32",
+    "teacher": {"path": "teacher", "mode": "resident"},
+    "lexicon": {"wordnet": False, "tsv": ["own.tsv"]},
+    "corpus": {"source": "files", "train": ["text.txt"], "sequence_length": 16, "max_sequences": 24},
+    "senses": {"k": 2, "max_states": 4},
+    "annotation": {"kappa": 2},
+    "loss": {"kd_weight": 0.8, "temperature": 1.5, "hidden_weight": 2.0, "sense_weight": 0.0},
+    "train": {
+        **{"steps": 3, "learning_rate": 1.0e-3, "warmup_share": 0.0, "gradient_clipping": 0.5, "weight_decay": 0.01},
+        **{"global_batch_size": 8, "micro_batch_size": 4, "num_workers": 0, "loss_chunk_size": 50},
+    },
+}
+
+
+def _save(folder, name, seed=0):
+    """Writes a random model whose products of states and output matrix are large enough for a cap to change them."""
+    model = save_architecture(folder, name, seed=seed)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(4)
+    model.save_pretrained(folder)
+
+
+def _load(folder):
+    """Loads a model for the plain loop: with eager attention, which applies the cap of Gemma 2's scores."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"), [("gemma2", None), ("cohere", None), ("granite", None), ("gemma2", "granite")]
+)
+def test_a_pair_trains_as_in_a_plain_loop_and_its_export_computes_the_same(
+    tmp_path, monkeypatch, world, no_runs, teacher, student
+):
+    """The student is cut from the teacher, or a model of another architecture, with its own scale; all of it trains."""
+    monkeypatch.chdir(tmp_path)
+    _save(tmp_path / "teacher", teacher)
+    if student is not None:
+        _save(tmp_path / "other", student, seed=1)
+    texts = (" ".join(WORDS[(7 * i + 3 * j) % 100] for j in range(5 + i % 9)) for i in range(90))
+    (tmp_path / "text.txt").write_text("\n\n".join(texts))
+    (tmp_path / "own.tsv").write_text("".join(f"w{i}\tsynonym\tw{i + 1}\n" for i in range(10, 99)))
+    keys = CUT if student is None else {"path": "other"}
+    path = write_config(tmp_path / "config.yaml", BASE, workdir=str(tmp_path / "work"), student=keys)
+    config = load_config(path)
+    config.path().mkdir()
+    shutil.copyfile(no_runs, config.path(NO_RUNS))
+    build_lexicon(config)
+    build_corpus(config)
+    found = find_teacher(config)
+    build_sequences(config, found.load_tokenizer(), found.tokenizer_digest)
+    build_senses(config, world)
+    annotate(config, world)
+    build_student(config)
+    train(config, world)
+    build_export(config)
+
+    schedule = plan_schedule(config, shards.load_manifest(config, "train"), 1)
+    collate = Collator(None, None, micro_batch_size=schedule.micro_batch_size)
+    steps = load_steps(config, schedule, collate, tmp_path / "cache", ONE_RANK, start_step=0)
+    plain_teacher, plain = _load("teacher"), _load(config.path("student"))
+    parameters = list(plain.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.total_steps)
+    expected = {"loss": [], "ce": [], "kl": [], "hidden": []}
+    for _ in range(schedule.total_steps):
+        ids = torch.cat([batch["input_ids"] for batch in next(steps).micro_batches])
+        logits, states, has_target = run_apart(plain, ids, END)
+        with torch.no_grad():
+            target_logits, target_states, _ = run_apart(plain_teacher, ids, END)
+        ce = F.cross_entropy(logits[has_target], ids.roll(-1, dims=1).flatten()[has_target])
+        softened, target = ((each[has_target] / 1.5).log_softmax(-1) for each in (logits, target_logits))
+        kl = F.kl_div(softened, target, reduction="batchmean", log_target=True)
+        hidden = F.mse_loss(states[has_target], target_states[has_target])
+        total = ce + 0.8 * 1.5**2 * kl + 2.0 * hidden
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.train.gradient_clipping)
+        optimizer.step()
+        decay.step()
+        for name, value in (("loss", total), ("ce", ce), ("kl", kl), ("hidden", hidden)):
+            expected[name].append(value.item())
+    for name, values in expected.items():
+        assert [value for _, value in losses_of(path, f"train/{name}")] == pytest.approx(values, rel=1e-4), name
+    trained, named = load_file(checkpoint.latest(config).path / checkpoint.TRAINED_FILE), dict(plain.named_parameters())
+    assert set(trained) == set(named)
+    for name, parameter in named.items():
+        torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-5)
+    exported = AutoModelForCausalLM.from_pretrained(config.path("export", config.run), dtype=torch.float32)
+    ids = torch.arange(1, 13)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, plain(ids).logits, rtol=1e-3, atol=1e-3)
