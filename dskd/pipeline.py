@@ -5,13 +5,17 @@ them. A stage counts as finished if its artifact is up to date: the launcher's e
 killed.
 """
 
+import contextlib
+import ctypes
 import functools
+import gc
 import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 
 from dskd.artifacts import kinds
@@ -27,12 +31,15 @@ from dskd.config.reading import load_config
 from dskd.console import say
 from dskd.corpus import build as corpus
 from dskd.corpus import sequences
+from dskd.corpus.written import write as writing
 from dskd.distributed import stopping
+from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.evaluation import held_out_text, tasks
-from dskd.evaluation.model_cards import update_cards
+from dskd.evaluation.results_in_cards import update_cards
 from dskd.inspection.examples import describe_examples
 from dskd.lexicon import build as lexicon
+from dskd.lexicon.wordnet import open_wordnet
 from dskd.models.architecture import check_architecture
 from dskd.models.folder import ModelFolder, find_pretrained_student, find_teacher, load_tokenizer
 from dskd.models.gguf import teacher as gguf_teacher
@@ -42,7 +49,8 @@ from dskd.senses import build as senses
 from dskd.shards import annotate
 from dskd.students import student
 from dskd.students.copies import copies_are_current
-from dskd.training import checkpoint, export, inputs, model_card, teacher_from_scratch
+from dskd.training import checkpoint, inputs, teacher_from_scratch
+from dskd.training.exporting import card, export
 
 LOCK = ".pipeline.lock"  # in the work directory
 
@@ -117,7 +125,11 @@ def plan_stages(
         return Stage(kind.name, lambda: is_current(config.path(kind.folder), recipe()), build)
 
     def ranks(program: str, *arguments: str) -> Callable[[], None]:
-        return lambda: launch(config, program, ["--config", str(path), *arguments, *overrides])
+        def start() -> None:
+            release_memory()
+            launch(config, program, ["--config", str(path), *arguments, *overrides])
+
+        return start
 
     def shards_are_current() -> bool:
         return not annotate.stale_splits(config, annotate.open_inputs(config, teacher()))
@@ -145,6 +157,15 @@ def plan_stages(
         Stage("senses", senses_are_current, ranks("build_senses.py")),
         Stage("shards", shards_are_current, ranks("annotate.py")),
     ]
+    if config.corpus.source == "teacher":
+        if config.corpus.server is None:
+            write = ranks("write_texts.py")
+        else:
+
+            def write() -> None:
+                writing.write_texts(config, World(0, 1, 0, torch.device("cpu")))
+
+        stages.insert(1, stage(kinds.WRITTEN, lambda: writing.recipe(config), write))
     if config.teacher.train_from_scratch is not None:
         make, build = teacher_from_scratch.recipe, teacher_from_scratch.build_teacher
         stages.insert(2, stage(kinds.TEACHER, lambda: make(config), lambda: build(config)))  # from the corpus
@@ -170,6 +191,7 @@ def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
         # As everywhere in the pipeline, checkpoints of another config are stale and replaced; their tracked run stays.
         is_stale = newest is not None and bool(checkpoint.changes_since(newest, recipe))
         flag = "--overwrite" if is_stale else "--resume"
+        release_memory()
         launch(config, "train.py", ["--config", str(path), flag, *overrides, run_override(config.run)])
 
     def exported() -> bool:
@@ -196,12 +218,20 @@ def describe_results(config: Config) -> str:
     exported = "\n".join(f"  {run.ljust(width)}  {folder}" for run, folder in folders.items())
     shown = folders.get(config.run) or [*folders.values()][-1]
     has_template = bool(load_tokenizer(shown, trust_remote_code=config.teacher.trust_remote_code).chat_template)
-    program = textwrap.indent(model_card.chat_program(str(shown), has_template), "  ")
+    program = textwrap.indent(card.chat_program(str(shown), has_template), "  ")
     parts.append(
         f"Trained students, which transformers loads, each with a model card (README.md):\n{exported}\n\n"
         f"{'Chat with one' if has_template else 'Let one continue a text'}, in Python:\n{program}"
     )
     return "\n\n".join(filter(None, parts))
+
+
+def release_memory() -> None:
+    """Gives back what earlier stages left in the memory of this process, which waits while ranks need the machine's."""
+    open_wordnet.cache_clear()  # hundreds of megabytes of parsed synsets
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it, and only it keeps freed tensors
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def compare_or_explain(config: Config) -> str:

@@ -14,6 +14,7 @@ import yaml
 from compared_runs import DATA, EXPERIMENT, OTHER, OTHER_DATA, STEPS, N, add_results, examples_of, track_run, track_runs
 from PIL import Image
 from scipy import stats
+from tiny_work import NO_RUNS
 
 from dskd.__main__ import main
 from dskd.compare.choosing import Selection
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory):
+def tracked(tmp_path_factory, no_runs):
     """A config, and {name: run id} of its runs (see `track_runs`)."""
     folder = tmp_path_factory.mktemp("compare")
     path = folder / "config.yaml"
@@ -42,6 +43,7 @@ def tracked(tmp_path_factory):
         )
     )
     (folder / "work").mkdir()
+    shutil.copyfile(no_runs, folder / "work" / NO_RUNS)
     return path, track_runs(path)
 
 
@@ -117,12 +119,12 @@ def test_example_tests_compare_the_groups_means_over_seeds(comparison):
 
 
 @pytest.fixture
-def empty(tracked, tmp_path):
-    """A config whose experiment has no runs yet, in an existing database, because making one takes seconds."""
+def empty(no_runs, tmp_path):
+    """A config whose experiment has no runs yet."""
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"workdir": str(tmp_path / "work"), "teacher": {"path": "a/b"}}))
     (tmp_path / "work").mkdir()
-    shutil.copy(load_config(tracked[0]).path("mlflow.db"), tmp_path / "work")
+    shutil.copyfile(no_runs, tmp_path / "work" / NO_RUNS)
     return path
 
 
@@ -406,7 +408,7 @@ def browser():
 
 
 def test_a_browser_without_network_shows_the_report(report, browser, tmp_path):
-    browser(report, f"--screenshot={tmp_path / 'report.png'}", "--window-size=1280,2400")
+    shown = browser(report, f"--screenshot={tmp_path / 'report.png'}", "--window-size=1280,2400", "--dump-dom")
     pixels = np.asarray(Image.open(tmp_path / "report.png").convert("RGB"))
     assert pixels.shape == (2400, 1280, 3)
     assert (pixels == 255).all(-1).mean() > 0.5  # dark on white
@@ -415,7 +417,6 @@ def test_a_browser_without_network_shows_the_report(report, browser, tmp_path):
         color = [int(paint(number)[0][at : at + 2], 16) for at in (1, 3, 5)]
         assert (np.abs(pixels.astype(int) - color).max(-1) < 3).sum() > 5000, number
 
-    shown = browser(report, "--dump-dom")
     parts = ("held-out-text", "tests", "settings", "curves", "runs")
     assert [shown.count(f'<section id="{part}">') for part in parts] == [1] * 5
     assert len(re.findall(r"<figure[^>]*><svg [^>]*>", shown)) == 4  # bars, two kinds of tests, curves

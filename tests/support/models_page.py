@@ -80,7 +80,7 @@ def _short(reason: str) -> str:
     reason = re.sub(r"^student\.\w+: on is not possible: ", "", reason)
     if "would compute something different" in reason:  # only the first difference
         reason = "a layer depends on its place: " + re.split(r"the teacher's \d+: |first\) ", reason)[-1]
-    elif "its states of a document depend" in reason:
+    elif "its states of a document depend" in reason or "does not keep documents apart" in reason:
         reason = "documents see each other"
     for advice in (
         r"; such a model is.*",

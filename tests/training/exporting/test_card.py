@@ -11,10 +11,10 @@ from dskd.artifacts.manifest import Manifest
 from dskd.config import Config, LossConfig
 from dskd.models.digests import digest_of_model
 from dskd.models.folder import ModelFolder
-from dskd.training.card_facts import find_source_teacher
 from dskd.training.checkpoint import Checkpoint
-from dskd.training.model_card import Result, render_card, write_card
-from dskd.training.teacher_licence import describe_teacher, obligations
+from dskd.training.exporting.card import Result, render_card, write_card
+from dskd.training.exporting.card_facts import find_source_teacher
+from dskd.training.exporting.licences import describe_teacher, obligations
 
 HUB = {
     "origin": "hub",
