@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 
 from dskd.artifacts import kinds
@@ -30,10 +31,12 @@ from dskd.config.reading import load_config
 from dskd.console import say
 from dskd.corpus import build as corpus
 from dskd.corpus import sequences
+from dskd.corpus.written import write as writing
 from dskd.distributed import stopping
+from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.evaluation import held_out_text, tasks
-from dskd.evaluation.model_cards import update_cards
+from dskd.evaluation.results_in_cards import update_cards
 from dskd.inspection.examples import describe_examples
 from dskd.lexicon import build as lexicon
 from dskd.lexicon.wordnet import open_wordnet
@@ -46,7 +49,8 @@ from dskd.senses import build as senses
 from dskd.shards import annotate
 from dskd.students import student
 from dskd.students.copies import copies_are_current
-from dskd.training import checkpoint, export, inputs, model_card, teacher_from_scratch
+from dskd.training import checkpoint, inputs, teacher_from_scratch
+from dskd.training.exporting import card, export
 
 LOCK = ".pipeline.lock"  # in the work directory
 
@@ -153,6 +157,15 @@ def plan_stages(
         Stage("senses", senses_are_current, ranks("build_senses.py")),
         Stage("shards", shards_are_current, ranks("annotate.py")),
     ]
+    if config.corpus.source == "teacher":
+        if config.corpus.server is None:
+            write = ranks("write_texts.py")
+        else:
+
+            def write() -> None:
+                writing.write_texts(config, World(0, 1, 0, torch.device("cpu")))
+
+        stages.insert(1, stage(kinds.WRITTEN, lambda: writing.recipe(config), write))
     if config.teacher.train_from_scratch is not None:
         make, build = teacher_from_scratch.recipe, teacher_from_scratch.build_teacher
         stages.insert(2, stage(kinds.TEACHER, lambda: make(config), lambda: build(config)))  # from the corpus
@@ -205,7 +218,7 @@ def describe_results(config: Config) -> str:
     exported = "\n".join(f"  {run.ljust(width)}  {folder}" for run, folder in folders.items())
     shown = folders.get(config.run) or [*folders.values()][-1]
     has_template = bool(load_tokenizer(shown, trust_remote_code=config.teacher.trust_remote_code).chat_template)
-    program = textwrap.indent(model_card.chat_program(str(shown), has_template), "  ")
+    program = textwrap.indent(card.chat_program(str(shown), has_template), "  ")
     parts.append(
         f"Trained students, which transformers loads, each with a model card (README.md):\n{exported}\n\n"
         f"{'Chat with one' if has_template else 'Let one continue a text'}, in Python:\n{program}"

@@ -56,8 +56,8 @@ def main() -> None:
     def work(config: Config, world: World) -> None:
         # Imported here so that --help does not wait for torch.
         from dskd.distributed.collectives import on_main
-        from dskd.evaluation.model_cards import update_cards
         from dskd.evaluation.models import require_exports
+        from dskd.evaluation.results_in_cards import update_cards
 
         if not args.models:
             run_is_named = any(override.startswith("run=") for override in args.overrides)

@@ -15,7 +15,7 @@ from dskd.corpus.sequences import build_sequences
 from dskd.errors import UserError
 from dskd.evaluation import held_out_text
 from dskd.evaluation.held_out_text import evaluate
-from dskd.evaluation.model_cards import update_cards
+from dskd.evaluation.results_in_cards import update_cards
 from dskd.lexicon.build import build_lexicon
 from dskd.models.folder import find_teacher
 from dskd.models.gguf.teacher import build_teacher
@@ -23,7 +23,7 @@ from dskd.pipeline import describe_results
 from dskd.senses.build import build_senses
 from dskd.shards.annotate import annotate
 from dskd.students.student import build_student
-from dskd.training.export import build_export
+from dskd.training.exporting.export import build_export
 from dskd.training.train import train
 
 pytestmark = pytest.mark.slow

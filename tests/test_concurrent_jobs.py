@@ -22,7 +22,7 @@ from dskd.errors import OutageError
 from dskd.evaluation import held_out_text as evaluation
 from dskd.evaluation.held_out_text import evaluate
 from dskd.senses.build import build_senses
-from dskd.training.export import build_export
+from dskd.training.exporting.export import build_export
 
 pytestmark = pytest.mark.slow
 _OTHERS = multiprocessing.get_context("fork")

@@ -31,7 +31,7 @@ from dskd.models.folder import find_teacher
 from dskd.senses.build import build_senses
 from dskd.shards.annotate import annotate
 from dskd.students.student import build_student
-from dskd.training.export import build_export
+from dskd.training.exporting.export import build_export
 from dskd.training.train import train
 
 pytestmark = pytest.mark.slow

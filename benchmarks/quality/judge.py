@@ -28,7 +28,7 @@ from dskd.models.frozen import FrozenModel, load_frozen
 from dskd.models.output_head import OutputHead
 from dskd.senses.dictionary import SenseDictionary
 from dskd.students.student import find_student
-from dskd.training.export import find_export
+from dskd.training.exporting.export import find_export
 
 _BATCH_SIZE = 32
 

@@ -24,7 +24,7 @@ from dskd.artifacts import kinds
 from dskd.artifacts.lock import lock_if_free
 from dskd.console import say
 from dskd.distributed.world import World
-from dskd.training.export import build_export
+from dskd.training.exporting.export import build_export
 from dskd.training.train import train
 
 _WAIT_S = 5.0  # between two checks of other processes' trainings, on which more trainings may depend

@@ -18,8 +18,8 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """Exports the newest checkpoint of the config's run; adds to its model card the results that exist already."""
-    from dskd.evaluation.model_cards import update_cards
-    from dskd.training.export import build_export
+    from dskd.evaluation.results_in_cards import update_cards
+    from dskd.training.exporting.export import build_export
 
     config = load_config(args.config, args.overrides)
     build_export(config)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from dskd.artifacts import kinds
 from dskd.compare.choosing import Chosen, Selection, choose_runs
+from dskd.compare.continuations import Text, read_texts
 from dskd.compare.group_tests import Test, test_groups
 from dskd.compare.groups import Group, config_differences, group_runs
 from dskd.compare.metrics import EVALUATED, TERMS, Best, History, read_metrics
 from dskd.compare.results import Results, read_results
-from dskd.compare.texts import Text, read_texts
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.evaluation.scores_by_example import Examples, Measure

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from dskd.compare import tables, wording
 from dskd.compare.comparison import Comparison, make_comparison
+from dskd.compare.continuations import Text
 from dskd.compare.group_tests import Test
 from dskd.compare.mlflow_link import mlflow_link
 from dskd.compare.pictures import draw_curves
-from dskd.compare.texts import Text
 from dskd.config import Config
 from dskd.console import table
 from dskd.errors import UserError

@@ -14,7 +14,7 @@ from dskd.errors import OutageError, UserError
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import FrozenModel, load_frozen
 from dskd.students.student import find_student
-from dskd.training import export
+from dskd.training.exporting import export
 
 TEACHER, UNTRAINED_STUDENT = "teacher", "student"
 

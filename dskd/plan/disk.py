@@ -8,7 +8,7 @@ from dskd.plan.cluster import Cluster
 from dskd.plan.shapes import Shapes, Student
 from dskd.plan.stored import stored_in_shards
 from dskd.shards import StoredStates, sample_bytes
-from dskd.training.saving import ELEMENT_BYTES
+from dskd.training.checkpoint_writing import ELEMENT_BYTES
 
 _FLOAT32_BYTES = 4
 

@@ -24,9 +24,9 @@ from dskd.plan.shapes import Shapes, Student
 from dskd.plan.stored import columns_read, loads_teacher, reads_states
 from dskd.shards import TRUNK_STATES
 from dskd.shards.blocks import SAMPLES_PER_SHARD
+from dskd.training.checkpoint_writing import EXPORTED_BYTES
 from dskd.training.loader import PREFETCHED_STEPS
 from dskd.training.positions import SensePositions
-from dskd.training.saving import EXPORTED_BYTES
 from dskd.training.student import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, REDUCE_BUCKET
 from dskd.training.teacher_source import TeacherSource
 

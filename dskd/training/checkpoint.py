@@ -6,7 +6,7 @@ name) is replaced to point to it, and only after that are older checkpoints remo
 A checkpoint holds
 - DeepSpeed's own files, from which training resumes;
 - `trained.safetensors`: the trained parameters in full precision under their Hugging Face names, from which
-  :mod:`dskd.training.export` makes a model;
+  :mod:`dskd.training.exporting.export` makes a model;
 - `probe.safetensors`: the student's logits in training on a few tokens, against which the export is checked.
 It does not hold parameters that are not trained: these are in the student's folder.
 

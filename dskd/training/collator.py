@@ -17,7 +17,7 @@ import torch
 from dskd.senses.dictionary import map_vectors
 from dskd.shards.batches import collate_tokens, gather_rows
 from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS, TEACHER_COLUMNS
-from dskd.training.candidates import CandidateRows
+from dskd.training.distribution_candidates import CandidateRows
 from dskd.training.packed_step import SeparateRows
 from dskd.training.positions import SensePositions, is_lexical
 

@@ -16,8 +16,8 @@ from dskd.random_numbers import derived_seed
 from dskd.senses.dictionary import load_dictionary, require_fitting
 from dskd.students.copies import warn_of_old_copies
 from dskd.students.student import find_student, require_configured_student
-from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
+from dskd.training.distribution_candidates import CandidateRows
 from dskd.training.positions import SensePositions
 from dskd.training.schedule import Schedule
 from dskd.training.sense_bank import load_bank

@@ -14,7 +14,7 @@ from dskd.distributed import stopping
 from dskd.distributed.collectives import any_rank
 from dskd.distributed.world import World
 from dskd.senses.dictionary import dictionary_folder
-from dskd.training import saving
+from dskd.training import checkpoint_writing
 from dskd.training.records import TrainingProgress, ended_in_mlflow
 from dskd.training.run import Run
 from dskd.training.setup import set_up
@@ -67,7 +67,7 @@ def _train(run: Run) -> None:
             stops = result.stop_requested or (step.needs_checkpoint and any_rank(stop_request.is_pending, run.world))
             if stops or step.needs_checkpoint:
                 run.tracker.before_checkpoint()
-                saving.save(run.pair, run.config, run.recipe, progress.checkpoint_facts(step), run.world)
+                checkpoint_writing.save(run.pair, run.config, run.recipe, progress.checkpoint_facts(step), run.world)
             if stops and not step.is_last:
                 raise stopping.Stopped(
                     f"stopped at step {step.number} of {run.schedule.total_steps} on request; continue with --resume"

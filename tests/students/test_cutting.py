@@ -14,7 +14,7 @@ from dskd.models.weights import TensorReader, write_weights
 from dskd.students.cutting import cut
 from dskd.students.spacing import choose_layers
 from dskd.students.student import build_student, find_student
-from dskd.training.export import write_export
+from dskd.training.exporting.export import write_export
 
 IDS = torch.arange(10).unsqueeze(0)
 

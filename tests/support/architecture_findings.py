@@ -42,8 +42,8 @@ from dskd.plan.architecture import find_architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.plan import make_plan
 from dskd.students.student import build_student, find_student
+from dskd.training.exporting.rehearsal import rehearse_export
 from dskd.training.pair import load_pair
-from dskd.training.rehearsal import rehearse_export
 from dskd.training.teacher_source import TeacherSource
 
 LENGTH = 80  # longer than windows and chunks, and than the positions for which rotary factors change

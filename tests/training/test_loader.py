@@ -20,8 +20,8 @@ from dskd.artifacts.tensor_file import map_tensor
 from dskd.errors import UserError
 from dskd.shards import COLUMNS, join_blocks, require_teacher_cache
 from dskd.shards.writing import write_block
-from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
+from dskd.training.distribution_candidates import CandidateRows
 from dskd.training.packed_step import Counts, CudaCopier, PackedStep, copy_ahead, count_positions
 from dskd.training.positions import SensePositions
 from dskd.training.sense_bank import copy_in_pieces, load_bank, require_room

@@ -24,7 +24,7 @@ from dskd.shards.annotate import annotate
 from dskd.students.student import build_student
 from dskd.training import checkpoint
 from dskd.training.collator import Collator
-from dskd.training.export import build_export
+from dskd.training.exporting.export import build_export
 from dskd.training.loader import load_steps
 from dskd.training.schedule import plan_schedule
 from dskd.training.train import train

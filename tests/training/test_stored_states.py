@@ -26,7 +26,7 @@ from dskd.shards.annotate import annotate
 from dskd.students.student import build_student
 from dskd.tracking import read_history, read_runs
 from dskd.training import checkpoint, inputs
-from dskd.training.export import build_export
+from dskd.training.exporting.export import build_export
 from dskd.training.status import report_status
 from dskd.training.teacher_source import TeacherSource
 from dskd.training.train import train

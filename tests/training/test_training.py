@@ -27,9 +27,9 @@ from dskd.random_numbers import derived_seed
 from dskd.shards.annotate import annotate
 from dskd.tracking import read_runs
 from dskd.training import checkpoint
-from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
-from dskd.training.export import build_export
+from dskd.training.distribution_candidates import CandidateRows
+from dskd.training.exporting.export import build_export
 from dskd.training.inputs import load_inputs
 from dskd.training.loader import load_steps
 from dskd.training.positions import SensePositions

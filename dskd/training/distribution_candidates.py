@@ -1,5 +1,5 @@
 """Candidate rows: the rows of the sense dictionary over which teacher and student are compared at a position
-(`loss.sense_form: distribution`).
+(`loss.sense_form: distribution`). Annotation has its own candidates, see :mod:`dskd.shards.search`.
 
 Some candidates are rows that annotation found for the position, others are random. Without random rows, a position
 whose few rows all have similar meanings would give no training signal. Random rows are drawn once per step from the

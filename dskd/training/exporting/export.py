@@ -3,7 +3,7 @@
 `AutoModelForCausalLM.from_pretrained` loads it without this package. The export is checked before it is published: it
 is loaded that way, and its logits are compared with those of the student in training. Tensors are stored in the type of
 the teacher: if that is bfloat16 or float16, tensors trained in float32 are rounded, and the effect on the logits is
-measured and reported. With the model come a model card (:mod:`dskd.training.model_card`) and the teacher's licences.
+measured and reported. A model card (:mod:`dskd.training.exporting.card`) and licences are added.
 """
 
 import json
@@ -27,9 +27,10 @@ from dskd.models.stored_names import StoredNames, parameter_names
 from dskd.models.weights import TensorReader, write_weights
 from dskd.students.student import find_student, open_made_model
 from dskd.tracking import log_export
-from dskd.training import checkpoint, model_card
-from dskd.training.card_facts import collect_facts, find_source_teacher
-from dskd.training.export_files import copy_files, copy_notices
+from dskd.training import checkpoint
+from dskd.training.exporting import card
+from dskd.training.exporting.card_facts import collect_facts, find_source_teacher
+from dskd.training.exporting.files import copy_files, copy_notices
 
 
 def recipe(source: checkpoint.Checkpoint) -> Recipe:
@@ -97,12 +98,12 @@ def _build(config: Config, source: checkpoint.Checkpoint, student: ModelFolder, 
                 run=config.run,
                 logits_error=agreement.error,
                 rounding_error=agreement.rounding,
-                **{model_card.FACTS: collect_facts(config, source, student, teacher)},
+                **{card.FACTS: collect_facts(config, source, student, teacher)},
             )
             if teacher is not None:
                 copy_notices(teacher.path, building.folder)
-            text = model_card.render_card(as_json(building.facts), package_versions())
-            model_card.write_card(building.folder, text)
+            text = card.render_card(as_json(building.facts), package_versions())
+            card.write_card(building.folder, text)
         say(
             f"  step {source.step}; reloaded, its logits differ from the trained student's by {agreement.error:.1e} "
             "(relative)"

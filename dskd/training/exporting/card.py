@@ -16,10 +16,10 @@ from typing import Any
 from dskd.artifacts.files import write_text
 from dskd.artifacts.hashing import MODEL_CARD_NAME
 from dskd.students.spacing import as_text
-from dskd.training.teacher_licence import obligations
+from dskd.training.exporting.licences import obligations
 
-FACTS = "card"  # of the export's manifest, see :mod:`dskd.training.card_facts`
-_TEMPLATE = "model_card.md.jinja"
+FACTS = "card"  # of the export's manifest, see :mod:`dskd.training.exporting.card_facts`
+_TEMPLATE = "card.md.jinja"
 _TAGS = ["dskd", "knowledge-distillation"]
 _VERSIONS = ("dskd", "torch", "deepspeed", "transformers", "tokenizers")
 _TEXTS = {
@@ -222,7 +222,7 @@ def _text(text: Mapping[str, Any]) -> str:
         name = f"[{_plain(text['dataset'])}](https://huggingface.co/datasets/{text['dataset']})"
     if "benchmarks" in text:
         name += f" ({', '.join(text['benchmarks'])})"
-    return f"{name}; {text['documents']:,} documents"
+    return f"{name}; a corpus of {text['documents']:,} documents"
 
 
 def _lexicon(lexicon: Mapping[str, Mapping[str, int]]) -> str:

@@ -9,8 +9,8 @@ from tiny_models import SHAPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from dskd.models.folder import ModelFolder
-from dskd.training.export import write_export
-from dskd.training.export_files import copy_notices
+from dskd.training.exporting.export import write_export
+from dskd.training.exporting.files import copy_notices
 
 QUESTION = [{"role": "user", "content": "What is the opposite of hot?"}]
 

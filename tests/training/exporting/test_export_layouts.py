@@ -17,9 +17,9 @@ from dskd.errors import UserError
 from dskd.losses.head import Normalizers
 from dskd.models.folder import find_teacher
 from dskd.students.student import build_student, find_student
-from dskd.training import checkpoint, saving
-from dskd.training.export import build_export, write_export
-from dskd.training.rehearsal import rehearse_export
+from dskd.training import checkpoint, checkpoint_writing
+from dskd.training.exporting.export import build_export, write_export
+from dskd.training.exporting.rehearsal import rehearse_export
 
 GPT2 = {"vocab_size": 120, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
 
@@ -84,7 +84,7 @@ def _train_and_export(config, world):
     settings = {key: settings[key] for key in ("loss", "train", "student", "seed", "precision")}
     recipe = Recipe("checkpoint", inputs, settings, find_teacher(config).digest, student.tokenizer_digest)
     facts = {"step": 1, "total_steps": 1, "world_size": 1, "mlflow_run_id": None, "dtype": _dtype(config)}
-    saving.save(pair, config, recipe, facts, world)
+    checkpoint_writing.save(pair, config, recipe, facts, world)
     pair.engine.destroy()
     build_export(config)
     trained = load_file(checkpoint.latest(config).path / checkpoint.TRAINED_FILE)

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from dskd.config.reading import load_config
 from dskd.errors import OutageError, UserError
 from dskd.models.agreement import check_agreement
-from dskd.training import checkpoint, export
-from dskd.training.export import build_export
+from dskd.training import checkpoint
+from dskd.training.exporting import export
+from dskd.training.exporting.export import build_export
 
 pytestmark = pytest.mark.slow
 

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from dskd.config import LossConfig
-from dskd.training.candidates import CandidateRows
 from dskd.training.collator import Collator
+from dskd.training.distribution_candidates import CandidateRows
 from dskd.training.positions import SensePositions
 
 T, K, ROWS, STEP = 16, 3, 40, 5

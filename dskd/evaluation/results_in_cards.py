@@ -16,7 +16,7 @@ from dskd.errors import UserError
 from dskd.evaluation.models import TEACHER, UNTRAINED_STUDENT
 from dskd.evaluation.suite import FILE
 from dskd.evaluation.table import BENCHMARKS, EVALUATIONS, HELD_OUT, LEXICAL, Evaluation
-from dskd.training.model_card import FACTS, Result, render_card, write_card
+from dskd.training.exporting.card import FACTS, Result, render_card, write_card
 
 _LABELS = {TEACHER: "teacher", UNTRAINED_STUDENT: "student before training"}
 

@@ -21,8 +21,8 @@ from dskd.models.folder import ModelFolder
 from dskd.models.precision import compute_dtype
 from dskd.models.weights import TensorReader
 from dskd.training import checkpoint
-from dskd.training.export import write_export
-from dskd.training.export_files import copy_files
+from dskd.training.exporting.export import write_export
+from dskd.training.exporting.files import copy_files
 from dskd.training.pair import ModelPair
 
 # Largest student, in bytes, whose weights are written to the rehearsal; larger ones are linked.

@@ -18,7 +18,7 @@ from dskd.models.digests import digest_cache, digest_of_model
 from dskd.models.folder import ModelFolder, check_model_folder, find_teacher
 from dskd.students.student import origin_of
 from dskd.training.checkpoint import Checkpoint
-from dskd.training.teacher_licence import describe_teacher, is_hub_name, licence_in_card
+from dskd.training.exporting.licences import describe_teacher, is_hub_name, licence_in_card
 
 _LEXICONS = ("wordnet", "wiktionary", "dict2vec")  # the beginnings of sources that are not the user's own lists
 _TRAINING = ("learning_rate", "global_batch_size", "weight_decay", "gradient_clipping", "warmup_share")
@@ -61,7 +61,7 @@ def collect_facts(config: Config, source: Checkpoint, student: ModelFolder, teac
 
     | key | meaning |
     |---|---|
-    | `teacher` | see :func:`dskd.training.teacher_licence.describe_teacher` |
+    | `teacher` | see :func:`dskd.training.exporting.licences.describe_teacher` |
     | `student` | `digest`, `origin`, its `layers`, `has_chat_template`; of a pretrained model its `name` and licence |
     | `text` | `source`, number of `documents`; `dataset`, if it is one of the hub; `benchmarks` |
     | `lexicon` | {source: {relation: pairs}}, without the user's file names |
