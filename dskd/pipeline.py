@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 
 from dskd.artifacts import kinds
@@ -30,7 +31,9 @@ from dskd.config.reading import load_config
 from dskd.console import say
 from dskd.corpus import build as corpus
 from dskd.corpus import sequences
+from dskd.corpus.written import write as writing
 from dskd.distributed import stopping
+from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.evaluation import held_out_text, tasks
 from dskd.evaluation.results_in_cards import update_cards
@@ -154,6 +157,15 @@ def plan_stages(
         Stage("senses", senses_are_current, ranks("build_senses.py")),
         Stage("shards", shards_are_current, ranks("annotate.py")),
     ]
+    if config.corpus.source == "teacher":
+        if config.corpus.server is None:
+            write = ranks("write_texts.py")
+        else:
+
+            def write() -> None:
+                writing.write_texts(config, World(0, 1, 0, torch.device("cpu")))
+
+        stages.insert(1, stage(kinds.WRITTEN, lambda: writing.recipe(config), write))
     if config.teacher.train_from_scratch is not None:
         make, build = teacher_from_scratch.recipe, teacher_from_scratch.build_teacher
         stages.insert(2, stage(kinds.TEACHER, lambda: make(config), lambda: build(config)))  # from the corpus

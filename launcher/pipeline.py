@@ -1,8 +1,9 @@
 """Runs all stages in order, skipping what is up to date, and prints the comparison, what the models say, the senses of
 three words, and where the trained students are.
 
-Stages: lexicon, corpus, teacher (first, if it is a GGUF file), sequences, student, senses, shards; `train RUN` and
-`export RUN` for every run; evaluation; tasks, if the config's `tasks.evaluate` names benchmarks.
+Stages: lexicon, written (if the teacher writes the text), corpus, teacher (first, if it is a GGUF file), sequences,
+student, senses, shards; `train RUN` and `export RUN` for every run; evaluation; tasks, if the config's
+`tasks.evaluate` names benchmarks.
 """
 
 import sys

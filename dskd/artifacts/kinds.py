@@ -23,6 +23,13 @@ class Kind:
 
 
 LEXICON = Kind("lexicon", "lexicon", "dskd lexicon --config FILE", 2, "is no lexicon here; make it")
+WRITTEN = Kind(
+    "written",
+    "written",
+    "python launcher/pipeline.py --config FILE --until written",
+    1,
+    "are no texts of the teacher here; let it write them",
+)
 CORPUS = Kind(
     "corpus", "corpus", "python launcher/pipeline.py --config FILE --until corpus", 1, "is no corpus here; make it"
 )

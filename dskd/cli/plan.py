@@ -11,7 +11,7 @@ from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.console import say
 from dskd.plan import GB
-from dskd.plan.cluster import BANDWIDTH, DISK_BANDWIDTH, HOST_BANDWIDTH, TFLOPS, Cluster
+from dskd.plan.cluster import BANDWIDTH, DISK_BANDWIDTH, HOST_BANDWIDTH, MEMORY_BANDWIDTH, TFLOPS, Cluster
 from dskd.plan.known_models import KNOWN_MODELS
 
 UNFIT_EXIT_CODE = 3
@@ -74,6 +74,13 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
         metavar="TFLOP/s",
         help=f"sustained rate of a GPU [{TFLOPS['cuda']:.0f}: 40 %% of an H100's dense bf16; "
         f"{TFLOPS['cpu']:g} without]",
+    )
+    rates.add_argument(
+        "--memory-bandwidth",
+        type=_positive,
+        metavar="GB/s",
+        help="rate at which a GPU reads its own memory, for corpus.source: teacher "
+        f"[{MEMORY_BANDWIDTH['cuda']:.0f}: 60 %% of an H100's; {MEMORY_BANDWIDTH['cpu']:.0f} without]",
     )
     rates.add_argument(
         "--host-bandwidth",
@@ -159,6 +166,7 @@ def _cluster(args: argparse.Namespace, nodes: int) -> Cluster:
         args.host_bandwidth * GB,
         args.disk_bandwidth * GB,
         (args.tflops or TFLOPS[args.device]) * 1e12,
+        (args.memory_bandwidth or MEMORY_BANDWIDTH[args.device]) * GB,
     )
 
 

@@ -128,6 +128,12 @@ class Config(Section):
             if self.teacher.path is None:
                 yield "corpus.source: chat needs teacher.path: a teacher trained from scratch has no chat template"
 
+        if self.corpus.source == "teacher" and self.teacher.path is None:
+            yield (
+                "corpus.source: teacher needs teacher.path: a teacher that is trained from scratch learns from the "
+                "corpus, and cannot write it"
+            )
+
     def _without_a_trunk(self) -> Iterator[str]:
         """Yields why there is no shared trunk, if one is to be stored, or is required and nothing provides its states.
 

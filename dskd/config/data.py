@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
@@ -10,13 +11,39 @@ from dskd.config.section import GB, PathText, Section
 
 _KEYS_OF_FILES = ("train", "validation")
 _KEYS_OF_DATASETS = ("dataset", "dataset_config", "dataset_revision", "train_split", "validation_split")
+# The keys of `corpus` that say which texts the teacher writes, and how; in all, those that are only for such texts.
+KEYS_OF_TEXTS = ("max_senses", "texts_per_sense", "max_new_tokens", "temperature", "top_p")
+_KEYS_OF_RANKS, _KEYS_OF_SERVERS = ("batch_size",), ("server_model", "server_requests")
+WRITING_KEYS = (*KEYS_OF_TEXTS, *_KEYS_OF_RANKS, "server", *_KEYS_OF_SERVERS)
 _KEYS_OF_SOURCES = {
     ("files", "chat"): _KEYS_OF_FILES,
     ("huggingface", "chat"): _KEYS_OF_DATASETS,
     ("tasks",): ("tasks",),
     ("chat",): ("loss_on", "long_chats"),
+    ("teacher",): WRITING_KEYS,
 }
+LARGEST_BATCH = 256  # texts that are written at one time, and saved together
 
+
+# The environment variable with the key that a server of `corpus.server` asks for. It is in no file.
+SERVER_KEY_VARIABLE = "DSKD_SERVER_KEY"
+
+
+def _url_of_server(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r} is no URL of a server: expected http://HOST:PORT or https://HOST/PATH")
+    if "@" in parts.netloc:
+        raise ValueError(
+            f"the URL has a user or a password, which manifests and logs would show; write it without, and set the key "
+            f"in the environment variable {SERVER_KEY_VARIABLE}"
+        )
+    if parts.query or parts.fragment:
+        raise ValueError(f"{url!r} has a ? or a #; expected the address alone, such as http://localhost:8000/v1")
+    return url.rstrip("/")
+
+
+ServerUrl = Annotated[str, AfterValidator(_url_of_server)]
 
 # The states of the teacher that shards can store, by the names of their columns.
 TEACHER_STATES, TRUNK_STATES = "teacher_states", "trunk_states"
@@ -25,11 +52,12 @@ TEACHER_STATES, TRUNK_STATES = "teacher_states", "trunk_states"
 class CorpusConfig(Section):
     """The text from which senses are gathered, and on which students are trained."""
 
-    source: Literal["wordnet", "files", "huggingface", "tasks", "chat"] = Field(
+    source: Literal["wordnet", "files", "huggingface", "tasks", "chat", "teacher"] = Field(
         "wordnet",
         description="source of the text. wordnet: glosses and examples; files: your own; huggingface: a dataset "
         "that `datasets` can load; tasks: prompts of the paper's benchmarks (section tasks); chat: chats in files or "
-        "in a dataset, written with the teacher's chat template",
+        "in a dataset, written with the teacher's chat template; teacher: the teacher writes about senses of "
+        "words (docs/text-and-words.md)",
     )
     tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)] = Field(
         TASKS,
@@ -75,6 +103,44 @@ class CorpusConfig(Section):
         description="with source: chat, which never cuts a chat. Chats longer than sequence_length are refused, or "
         "left out and counted",
     )
+    max_senses: int | None = Field(
+        None,
+        ge=1,
+        description="with source: teacher. Number of senses to write for, drawn with `seed`; null: all senses of all "
+        "words that are one token",
+    )
+    texts_per_sense: int = Field(1, ge=1, description="with source: teacher. Number of texts to write for each sense")
+    max_new_tokens: int = Field(
+        96,
+        ge=8,
+        description="with source: teacher. Most tokens of a text; one that is not finished by then is cut after its "
+        "last whole sentence",
+    )
+    temperature: float = Field(
+        0.8, gt=0, le=2, description="with source: teacher. Temperature at which the teacher samples"
+    )
+    top_p: float = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description="with source: teacher. It samples among the most probable tokens that have this probability "
+        "together; 1: among all",
+    )
+    batch_size: int = Field(
+        32,
+        ge=1,
+        le=LARGEST_BATCH,
+        description="with source: teacher, without server. Texts that a rank writes at one time",
+    )
+    server: ServerUrl | None = Field(
+        None,
+        description="with source: teacher. URL of a server with OpenAI's chat completions, such as vLLM or SGLang, "
+        f"which writes in the teacher's place; if it asks for a key, set {SERVER_KEY_VARIABLE} in the environment",
+    )
+    server_model: str | None = Field(
+        None, min_length=1, description="with server. Name of the model there; null: its only one"
+    )
+    server_requests: int = Field(32, ge=1, le=4096, description="with server. Requests that it gets at one time")
     max_sequences: int | None = Field(None, ge=1, description="largest number of training sequences; null: all")
     max_validation_sequences: int | None = Field(
         None, ge=1, description="largest number of held-out sequences; null: all"
@@ -88,7 +154,18 @@ class CorpusConfig(Section):
             yield "source: huggingface needs corpus.dataset, a name on the hub or a folder"
         if self.source == "chat":
             yield from self._problems_of_chats()
+        if self.source == "teacher":
+            yield from self._problems_of_writing()
         yield from self.keys_without_use("corpus", "source", _KEYS_OF_SOURCES)
+
+    def _problems_of_writing(self) -> Iterator[str]:
+        if self.server is None and (keys := self.changed(_KEYS_OF_SERVERS)):
+            yield f"{' and '.join(f'corpus.{key}' for key in keys)}: there is no corpus.server; set it, or remove them"
+        if self.server is not None and self.changed(_KEYS_OF_RANKS):
+            yield (
+                "corpus.batch_size is for a teacher that writes here, and corpus.server writes; remove it, and set "
+                "corpus.server_requests to the number of requests that the server gets at one time"
+            )
 
     def _problems_of_chats(self) -> Iterator[str]:
         of_files, of_datasets = (

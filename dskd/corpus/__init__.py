@@ -8,6 +8,7 @@ records    reads records from JSON files, and the text of a record
 tables     reads records from files with columns
 hub        reads the documents of a Hugging Face dataset
 chats/     reads chats, as tokens with a mask of the assistant's answers
+written/   lets the teacher write the text, about the senses of words
 tasks/     reads the documents of the paper's benchmarks
 sequences  the stage that turns documents into sequences of tokens
 packing    packs documents into sequences of equal length

@@ -7,6 +7,7 @@ documents, and equal texts are always on the same side.
 import hashlib
 import itertools
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import pyarrow.parquet as pq
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
-from dskd.artifacts.manifest import Recipe
+from dskd.artifacts.manifest import Recipe, read_manifest
 from dskd.config import Config, CorpusConfig
+from dskd.config.data import WRITING_KEYS
 from dskd.console import progress, progress_bar, say, stage, warn
 from dskd.corpus import hub
 from dskd.corpus.chats import documents as chats
@@ -26,6 +28,7 @@ from dskd.corpus.files import Document, read_file
 from dskd.corpus.finding import TextFiles, find_files, fingerprint
 from dskd.corpus.hub import read_dataset
 from dskd.corpus.tasks import documents as tasks
+from dskd.corpus.written.judging import Judged, documents_of, judge_texts, write_senses
 from dskd.errors import UserError, shortened
 from dskd.lexicon.wordnet import WordNet, open_wordnet, spelled
 
@@ -37,8 +40,12 @@ _SCHEMAS = {
 }
 BATCH_DOCUMENTS = 1000
 _BATCH_CHARACTERS = 32_000_000  # written earlier at this size: a thousand books would need too much memory
-# Settings of `corpus` that do not affect its documents; the digests of benchmarks' documents stand for `tasks`.
-_NOT_IN_RECIPE = ("tasks", "sequence_length", "packing", "long_chats", "max_sequences", "max_validation_sequences")
+# Settings of `corpus` that do not affect its documents; the digests of benchmarks' documents stand for `tasks`, and the
+# digest of the teacher's texts for how they were written.
+_NOT_IN_RECIPE = (
+    *("tasks", "sequence_length", "packing", "long_chats", "max_sequences", "max_validation_sequences"),
+    *WRITING_KEYS,
+)
 
 
 def recipe(config: Config) -> Recipe:
@@ -48,6 +55,11 @@ def recipe(config: Config) -> Recipe:
         inputs = {"wordnet": open_wordnet(config.wordnet.path).digest}
     elif corpus.source == "tasks":
         inputs = tasks.fingerprint(config)
+    elif corpus.source == "teacher":
+        inputs = {
+            "wordnet": open_wordnet(config.wordnet.path).digest,  # its morphology finds a text's word
+            "written": read_manifest(config.path(kinds.WRITTEN.folder), "written").digest,
+        }
     elif corpus.dataset is not None:
         inputs = hub.fingerprint(corpus)
     else:
@@ -69,6 +81,8 @@ def build_corpus(config: Config) -> None:
         sources = ["WordNet's definitions and examples"]
     elif corpus.source == "tasks":
         sources = [getattr(config.tasks, name) for name in corpus.tasks]
+    elif corpus.source == "teacher":
+        sources = [str(config.path(kinds.WRITTEN.folder))]
     elif corpus.dataset is not None:
         sources = [f"{corpus.dataset}, split {corpus.train_split!r}"]
     else:
@@ -78,17 +92,30 @@ def build_corpus(config: Config) -> None:
         for key in ("train", "validation"):
             if getattr(corpus, key):
                 say("\n".join([f"  corpus.{key}:", *_find(config, key).describe()]))
+        judged = judge_texts(config) if corpus.source == "teacher" else []
         with build_artifact(target, before) as building:
-            counts = _write_splits(building.folder, _read_documents(config), corpus)
+            counts = _write_splits(building.folder, _read_documents(config, judged), corpus)
+            if corpus.source == "teacher":
+                senses = write_senses(judged, building.folder)
+                building.facts["senses"] = asdict(senses)
+                say(f"  {senses.describe()}")
             for split in SPLITS:
                 if not counts[split]:
                     raise UserError(
                         f"the corpus has no {split} documents (read from {', '.join(sources)}); "
-                        + ("add text" if split == "train" else "add text, or raise corpus.validation_share")
+                        + (
+                            _more_text(corpus)
+                            if split == "train"
+                            else f"{_more_text(corpus)}, or raise corpus.validation_share"
+                        )
                     )
             _require_unchanged(before, recipe(config))
             building.facts["documents"] = counts
         say(f"  {counts['train']:,} documents for training, {counts['validation']:,} held out")
+
+
+def _more_text(corpus: CorpusConfig) -> str:
+    return "add text" if corpus.source != "teacher" else "raise corpus.max_senses or corpus.texts_per_sense"
 
 
 def read_texts(config: Config, split: str) -> Iterator[str]:
@@ -151,10 +178,10 @@ def read_wordnet_documents(wordnet: WordNet) -> Iterator[Document]:
     return iter(sorted(documents, key=lambda document: _hash(f"order:{document.name}")))
 
 
-def _read_documents(config: Config) -> Iterator[tuple[str, Document]]:
-    """Yields (split, document) for every document of the corpus."""
+def _read_documents(config: Config, judged: list[Judged]) -> Iterator[tuple[str, Document]]:
+    """Yields (split, document) for every document of the corpus; `judged` are the texts of `corpus.source: teacher`."""
     corpus = config.corpus
-    train, validation = _sources(config)
+    train, validation = _sources(config) if corpus.source != "teacher" else (documents_of(judged), None)
     held_out: set[int] = set()
     for document in validation or ():
         held_out.add(_hash(document.split_key))

@@ -60,6 +60,7 @@ def _lines(report: WordReport) -> list[str]:
     lines = [f"{report.word}: {len(senses)} senses, of {sum(sense.count for sense in senses):,} states{shown}"]
     for sense in senses[:_SENSES]:
         near = ", ".join(f"{name}{f' ({relation})' if relation else ''}" for name, _, relation in sense.neighbours)
-        lines.append(f"  {sense.count:,} states{f'; near {near}' if near else ''}")
+        states = f"{sense.count:,} state{'s' * (sense.count != 1)}"
+        lines.append(f"  {states}{f'; near {near}' if near else ''}")
         lines += [f"    {context}" for context in sense.contexts]
     return lines

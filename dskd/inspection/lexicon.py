@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from dskd.artifacts import kinds
-from dskd.artifacts.manifest import Manifest, is_current
+from dskd.artifacts.manifest import Manifest, is_current, read_manifest
 from dskd.config import Config
 from dskd.console import table
 from dskd.errors import UserError, shortened
@@ -37,6 +37,16 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class WrittenTexts:
+    """How many senses have text that the teacher has written."""
+
+    senses: int  # of words that are one token
+    asked: int  # of which the teacher was to write
+    with_text: int
+    outcomes: dict[str, int]  # texts, by what became of them
+
+
+@dataclass(frozen=True)
 class LexiconReport:
     """The contents of the lexicon in numbers. Pairs are directed: both directions of a pair count."""
 
@@ -46,6 +56,7 @@ class LexiconReport:
     heads: int  # distinct words
     facts: dict[str, Any]  # of the manifest: what was dropped, negated and malformed
     coverage: Coverage | None
+    texts: WrittenTexts | None = None  # with corpus.source: teacher
     notes: list[str] = field(default_factory=list)
 
 
@@ -71,6 +82,7 @@ def inspect_lexicon(config: Config) -> LexiconReport:
         pc.count_distinct(relations["head"]).as_py(),
         manifest.facts,
         None if teacher is None else _coverage(config, teacher, manifest, len(relations), notes),
+        or_note(lambda: _written_texts(config), "senses with text", notes),
         notes,
     )
 
@@ -119,6 +131,19 @@ def _coverage(config: Config, teacher: Teacher, lexicon: Manifest, pairs: int, n
     return compute_coverage(words, entries, facts, pairs_or_none, with_senses=False)
 
 
+def _written_texts(config: Config) -> WrittenTexts | None:
+    if config.corpus.source != "teacher":
+        return None
+    written = read_manifest(config.path(kinds.WRITTEN.folder), "written")
+    corpus = read_manifest(config.path(kinds.CORPUS.folder), "corpus")
+    if "senses" not in corpus.facts:
+        raise UserError(
+            f"{config.path(kinds.CORPUS.folder)}: this corpus has another source; make it again with "
+            f"`{kinds.CORPUS.made_by}`"
+        )
+    return WrittenTexts(written.facts["senses_of_one_token"], **corpus.facts["senses"])
+
+
 def format_lexicon(report: LexiconReport) -> str:
     """Formats the report as text."""
     rows = [[source, *(f"{counts[kind]:,}" for kind in RELATIONS)] for source, counts in report.pairs_by_source.items()]
@@ -141,8 +166,20 @@ def format_lexicon(report: LexiconReport) -> str:
         lines += ["", table(["malformed lines, skipped", "number", "at"], rows)]
     if report.coverage is not None:
         lines += ["", *_coverage_lines(report.coverage)]
+    if report.texts is not None:
+        lines += ["", *_text_lines(report.texts)]
     lines += note_lines(report.notes)
     return "\n".join(lines)
+
+
+def _text_lines(texts: WrittenTexts) -> list[str]:
+    rows = [["of words that are one token", f"{texts.senses:,}", ""]]
+    for label, count, of, whole in (
+        ("  for which the teacher was to write", texts.asked, texts.senses, "these"),
+        ("    with text in the corpus", texts.with_text, texts.asked, "these"),
+    ):
+        rows.append([label, f"{count:,}", f"{100 * count / max(of, 1):.1f} % of {whole}"])
+    return [table(["senses", "number", "share"], rows), "", _counts("texts", texts.outcomes, "number")]
 
 
 def _coverage_lines(coverage: Coverage) -> list[str]:

@@ -8,6 +8,7 @@ model_config    reads a folder's config.json for the installed transformers, or 
 weights         the tensors in a folder's safetensors files
 stored_names    the names of a model's tensors in those files, and the check that none is missing or left over
 tokenizing      runs a tokenizer, also on texts that are too long for one call
+words           the tokens of a word as it is inside a text, and in other forms
 room            checks that a model to be made fits into memory and onto the disk
 limits          how many positions and which tokens a model takes
 precision       the number format that models run in
@@ -22,6 +23,7 @@ output_head     from last hidden states to logits: the output matrix, and what a
 head_probe      finds out what a model does with them, or refuses it
 readouts        reads logits out of hidden states, chunk by chunk
 generation      greedy generation, and the tokens that end it
+sampling        sampled texts, with transformers' own generation
 cut_config      the student's config.json
 architecture    checks a teacher or a pretrained student by its config.json, before anything runs
 probes          checks that a model does what training assumes, such as keeping packed documents apart

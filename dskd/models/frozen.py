@@ -165,6 +165,29 @@ class FrozenModel:
         return self.engine(input_ids.to(self.device), *positions, **options)
 
 
+def frozen_settings(
+    folder: ModelFolder, config: Config, world: World, dtype: torch.dtype
+) -> tuple[dict[str, Any], Path | None]:
+    """Returns DeepSpeed's settings for a model that is sharded and not trained, as `teacher.offload` says, and the
+    folder of its shares on NVMe if they are there.
+
+    Raises:
+        UserError: when there is no disk to offload it to.
+    """
+    settings = engine_settings(dtype, world, folder.load_config().hidden_size, micro_batch_size=1)
+    pin = world.device.type == "cuda"
+    nvme_folder: Path | None = None
+    if config.teacher.offload == "cpu":
+        settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": pin}
+    elif config.teacher.offload == "nvme":
+        assert config.teacher.nvme_path is not None
+        nvme_folder = open_nvme_folder(config.teacher.nvme_path)
+        largest = max(parameter.numel() for parameter in empty_model(folder).parameters())
+        offload, aio = nvme_settings(nvme_folder, largest, world, pin_memory=pin)
+        settings["zero_optimization"]["offload_param"], settings["aio"] = offload, aio
+    return settings, nvme_folder
+
+
 def load_frozen(
     folder: ModelFolder, config: Config, world: World, *, with_head: bool = True, num_layers: int | None = None
 ) -> FrozenModel:
@@ -192,16 +215,7 @@ def load_frozen(
     if config.teacher.mode == "resident":
         causal_lm = load_resident(folder, dtype, world, num_layers=num_layers)
     else:
-        settings = engine_settings(dtype, world, model_config.hidden_size, micro_batch_size=1)
-        pin = world.device.type == "cuda"
-        if config.teacher.offload == "cpu":
-            settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": pin}
-        elif config.teacher.offload == "nvme":
-            assert config.teacher.nvme_path is not None
-            nvme_folder = open_nvme_folder(config.teacher.nvme_path)
-            largest = max(parameter.numel() for parameter in empty_model(folder).parameters())
-            offload, aio = nvme_settings(nvme_folder, largest, world, pin_memory=pin)
-            settings["zero_optimization"]["offload_param"], settings["aio"] = offload, aio
+        settings, nvme_folder = frozen_settings(folder, config, world, dtype)
         causal_lm = build_sharded(folder, settings, dtype, world, num_layers=num_layers)
     head = None
     if with_head:

@@ -19,6 +19,7 @@ speed         estimates how long training takes
 disk          the disk space of the artifacts
 stored        which of the teacher's states are stored in the shards, and which a run reads
 stored_speed  compares reading stored states with computing them
+writing       estimates how long the teacher takes to write the text itself
 changes       finds the smallest change with which a job fits
 report        formats a plan as text
 preflight     checks the nodes of a job just before it starts

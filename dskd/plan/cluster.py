@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from dskd.config.section import GB
+
 if TYPE_CHECKING:
     import torch
 
@@ -11,6 +13,7 @@ TFLOPS = {"cuda": 400.0, "cpu": 0.1}  # 40 % of an H100's 989 dense bf16; about 
 BANDWIDTH = {"one node": 300.0, "nodes": 40.0, "cpu": 1.0}  # NVLink; a 400 Gbit/s adapter for each GPU; gloo
 HOST_BANDWIDTH = 25.0  # PCIe 4.0 x16, less the overhead of protocols
 DISK_BANDWIDTH = 5.0  # all local NVMe disks of a node together
+MEMORY_BANDWIDTH = {"cuda": 2000.0, "cpu": 10.0}  # 60 % of an H100's; about two cores of a processor
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Cluster:
     host_bandwidth: float  # bytes/s from a host's memory to each of its GPUs
     disk_bandwidth: float  # bytes/s of a node's local disks
     flops: float  # operations per second that a GPU sustains in matrix products
+    memory_bandwidth: float = MEMORY_BANDWIDTH["cuda"] * GB  # bytes/s at which a GPU reads its own memory
 
     @property
     def world_size(self) -> int:

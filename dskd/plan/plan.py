@@ -15,6 +15,7 @@ from dskd.plan.shapes import Shapes, Student, plan_student, teacher_shapes, trun
 from dskd.plan.speed import Speed, compute_speed
 from dskd.plan.stored import stored_in_shards
 from dskd.plan.stored_speed import StatesComparison, compare_with_stored_states
+from dskd.plan.writing import Writing, plan_writing
 from dskd.shards import StoredStates
 from dskd.training.schedule import count_steps, share_out
 
@@ -42,6 +43,7 @@ class Plan:
         StatesComparison | None
     )  # with and without stored states; None if training reads no states of the teacher
     disk: Disk
+    writing: Writing | None  # None if the teacher does not write the text
 
     @property
     def stages(self) -> tuple[StageMemory, ...]:
@@ -129,7 +131,7 @@ def make_plan(
     return Plan(
         config, cluster, architecture, teacher, student, **batches, samples=samples, steps=steps, memory=memory,
         before=before, is_annotated=shards is not None and _are_current(shards, config, to_store), speed=speed,
-        comparison=comparison, disk=disk,
+        comparison=comparison, disk=disk, writing=plan_writing(config, cluster, architecture, teacher),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from dskd.plan.changes import Change, stored_states
 from dskd.plan.plan import Plan
 from dskd.plan.stored import columns_read, loads_teacher, reads_states
 from dskd.plan.stored_speed import StatesComparison
+from dskd.plan.writing import Writing
 from dskd.training.schedule import describe_learning_rate
 from dskd.training.teacher_source import why_unread
 
@@ -20,10 +21,12 @@ _PARTS = {
     "batches": "other data",
     "reserved": "reserved",
 }
+_WITHOUT_TEXTS = "unknown: set corpus.max_senses"
 _WORTHWHILE = 1.5  # how many times as fast a step must be for the plan to describe stored states that are not used
 _ASSUMPTIONS = """\
 Memory is counted from the code that trains, on shapes, each part at its own largest moment; "reserved" is assumed.
-Speed is an estimate: it depends on --tflops, --bandwidth, --host-bandwidth and --disk-bandwidth."""
+Speed is an estimate: it depends on --tflops, --bandwidth, --memory-bandwidth, --host-bandwidth and
+--disk-bandwidth."""
 
 
 def format_plan(plan: Plan) -> str:
@@ -33,7 +36,12 @@ def format_plan(plan: Plan) -> str:
     if plan.comparison is not None:
         stored = [_stored(plan, plan.comparison)]
     return "\n\n".join(
-        [_headline(plan), _memory(plan), _speed(plan), _disk(plan), _stages(plan), _ASSUMPTIONS, *stored]
+        [
+            *(_headline(plan), _memory(plan), _speed(plan), _disk(plan), _stages(plan)),
+            *([] if plan.writing is None else [_writing(plan, plan.writing)]),
+            _ASSUMPTIONS,
+            *stored,
+        ]
     )
 
 
@@ -241,6 +249,30 @@ def _stages(plan: Plan) -> str:
     rows = [[stage.name, _gb(stage.gpu), _gb(stage.host)] for stage in plan.before]
     text = table(("the stages before, at most, GB", what, "a host"), rows)
     return f"{text}\nThey are done: the shards exist." if plan.is_annotated else text
+
+
+def _writing(plan: Plan, writing: Writing) -> str:
+    """Formats what it takes to let the teacher write the text."""
+    if writing.is_done:
+        return f"The teacher's texts are written: {writing.texts:,}."
+    rows = [
+        ["texts", _WITHOUT_TEXTS if writing.texts is None else f"{writing.texts:,}"],
+        ["tokens to write, at most", _WITHOUT_TEXTS if writing.tokens is None else f"{writing.tokens:,}"],
+        ["GFLOPs a written token, with its prompt", f"{writing.flops_per_token / 1e9:.2f}"],
+    ]
+    if plan.config.corpus.server is not None:
+        rows.append(["tokens/s and hours", "unknown: those of corpus.server"])
+        return table(("the teacher writes the text", "figure"), rows)
+    what = "GPU" if plan.cluster.device == "cuda" else "rank"
+    rows += [
+        ["tokens/s of all ranks, if each text has all its tokens", f"{writing.tokens_per_s:,.0f}"],
+        ["hours", _WITHOUT_TEXTS if writing.hours is None else _hours(writing.hours)],
+        [f"memory of a {what}, GB", _gb(writing.memory)],
+    ]
+    lines = [table(("the teacher writes the text", "figure"), rows), f"Its speed is limited by {writing.limit}."]
+    if writing.memory > plan.cluster.gpu_memory:
+        lines.append(f"A {what} has {_gb(plan.cluster.gpu_memory)} GB: lower corpus.batch_size, or use corpus.server.")
+    return "\n".join(lines)
 
 
 def _gb(size: int) -> str:

@@ -155,6 +155,14 @@ def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes,
     }
 
 
+def forward_flops(architecture: Architecture, shapes: Shapes, length: int) -> float:
+    """Returns the FLOPs of a model's forward pass for a token that has `length` tokens around it, with its logits."""
+    values = architecture.values()
+    attention = _attention(values, length)
+    layers = _layers(shapes, _share_of_experts(values)).values()
+    return sum(2 * matrices + attention for matrices, _ in layers) + 2.0 * values["hidden_size"] * values["vocab_size"]
+
+
 def _attention(values: dict[str, Any], length: int) -> float:
     """Returns the operations of a layer's attention for a token; half of the pairs of positions are masked."""
     heads = values["num_attention_heads"]

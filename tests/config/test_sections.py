@@ -259,3 +259,36 @@ def test_a_cut_student_has_the_defaults_that_it_always_had():
 def test_an_empty_path_is_refused(tmp_path, section):
     with pytest.raises(UserError, match="a path cannot be empty"):
         load_config(write_yaml(tmp_path, {**MINIMAL, **section}))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"corpus": {"temperature": 0.5, "max_senses": 3}},
+            "corpus.max_senses and corpus.temperature need source: teacher, and it is wordnet",
+        ),
+        ({"corpus": {"server": "http://localhost:8000"}}, "corpus.server needs source: teacher"),
+        ({"corpus": {"source": "teacher", "train": ["a.txt"]}}, "corpus.train needs source: files or chat"),
+        ({"corpus": {"source": "teacher", "server_model": "m"}}, "corpus.server_model: there is no corpus.server"),
+        (
+            {"corpus": {"source": "teacher", "server": "http://localhost:8000", "batch_size": 4}},
+            "corpus.batch_size is for a teacher that writes here",
+        ),
+        ({"corpus": {"source": "teacher", "server": "localhost:8000"}}, "is no URL of a server"),
+        ({"corpus": {"source": "teacher", "server": "http://me:pw@host/v1"}}, "DSKD_SERVER_KEY"),
+        ({"corpus": {"source": "teacher", "server": "http://host/v1?key=1"}}, "expected the address alone"),
+        ({"corpus": {"source": "teacher", "temperature": 0}}, "corpus.temperature"),
+        ({"corpus": {"source": "teacher", "top_p": 1.1}}, "corpus.top_p"),
+        ({"corpus": {"source": "teacher", "batch_size": 257}}, "corpus.batch_size"),
+        (
+            {"corpus": {"source": "teacher"}, "teacher": {"train_from_scratch": {}}},
+            "corpus.source: teacher needs teacher.path",
+        ),
+    ],
+)
+def test_what_a_teacher_that_writes_cannot_use_is_refused(tmp_path, content, message):
+    with pytest.raises(UserError) as error:
+        load_config(write_yaml(tmp_path, {**MINIMAL, **content}))
+    assert message in str(error.value)
+    assert "me:pw" not in str(error.value)

@@ -29,7 +29,7 @@ _REMEDY = "use a chat template with the marks {% generation %} and {% endgenerat
 _SHOWN_CHARACTERS = 40
 # Some templates write the date into the system prompt, and would write another corpus every day.
 _DATE = datetime(2024, 7, 26, tzinfo=UTC)
-_OPTIONS: dict[str, Any] = {"date_string": "26 Jul 2024", "strftime_now": _DATE.strftime}
+TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "26 Jul 2024", "strftime_now": _DATE.strftime}
 
 Passage = tuple[int, int]  # the first character of a part of the text, and the one after its last
 
@@ -91,7 +91,7 @@ class ChatWriter:
         try:
             # As a batch of one chat, which may have no messages yet.
             (text,) = self._tokenizer.apply_chat_template(
-                [messages], tools=tools, tokenize=False, add_generation_prompt=asks, **_OPTIONS
+                [messages], tools=tools, tokenize=False, add_generation_prompt=asks, **TEMPLATE_OPTIONS
             )
         except Exception as error:  # templates can raise any kind of error
             raise ChatError(f"the chat template refuses {part} ({type(error).__name__}: {error})") from None
@@ -135,7 +135,7 @@ class ChatWriter:
             tools=chat.tools,
             chat_template=self._tokenizer.get_chat_template(tools=chat.tools),
             return_assistant_tokens_mask=True,
-            **{**self._tokenizer.special_tokens_map, **_OPTIONS},
+            **{**self._tokenizer.special_tokens_map, **TEMPLATE_OPTIONS},
         )
         if written != text:
             raise ChatError("the chat template renders the chat differently each time")

@@ -222,7 +222,7 @@ def _text(text: Mapping[str, Any]) -> str:
         name = f"[{_plain(text['dataset'])}](https://huggingface.co/datasets/{text['dataset']})"
     if "benchmarks" in text:
         name += f" ({', '.join(text['benchmarks'])})"
-    return f"{name}; {text['documents']:,} documents"
+    return f"{name}; a corpus of {text['documents']:,} documents"
 
 
 def _lexicon(lexicon: Mapping[str, Mapping[str, int]]) -> str:

@@ -1,0 +1,102 @@
+"""How long the teacher takes to write the text itself (`corpus.source: teacher`), and the memory that it needs.
+
+The ranks write batches of texts. A prompt is read at once, and then each pass of the model gives one token of every
+text in the batch. Such a pass reads all weights, and the keys and values of all tokens before; for small batches that
+takes longer than the computation. It is assumed that every text has all its tokens, so the hours are an upper bound
+for the same rates (a batch waits for its longest text anyway).
+"""
+
+from dataclasses import dataclass
+
+from dskd.artifacts import kinds
+from dskd.artifacts.hashing import MANIFEST_NAME
+from dskd.artifacts.manifest import read_manifest
+from dskd.config import Config
+from dskd.config.data import KEYS_OF_TEXTS
+from dskd.plan.architecture import Architecture
+from dskd.plan.cluster import Cluster
+from dskd.plan.memory import RESERVED_ON_GPU, RESERVED_ON_HOST
+from dskd.plan.shapes import Shapes
+from dskd.plan.speed import forward_flops
+
+_PROMPT_TOKENS = 80  # assumed: a request has about 50, and a chat template adds some
+_LOGITS_BYTES = 4 * 6  # a row of logits and what sampling makes of it
+
+
+@dataclass(frozen=True)
+class Writing:
+    """The needs of the stage in which the teacher writes; None stands for what depends on an unknown number of texts.
+
+    With a server, only `texts`, `tokens` and `flops_per_token` are of use.
+    """
+
+    is_done: bool
+    texts: int | None
+    tokens: int | None  # to write, at most
+    flops_per_token: float  # for each written token, with its share of the prompt
+    tokens_per_s: float  # of all ranks
+    hours: float | None
+    limit: str  # what limits the speed
+    memory: int  # bytes of a rank
+
+
+def plan_writing(config: Config, cluster: Cluster, architecture: Architecture, teacher: Shapes) -> Writing | None:
+    """Plans the stage; returns None if the teacher does not write the text."""
+    corpus = config.corpus
+    if corpus.source != "teacher":
+        return None
+    done = _written_texts(config)
+    texts = done if done is not None else corpus.max_senses and corpus.max_senses * corpus.texts_per_sense
+    new, length = corpus.max_new_tokens, _PROMPT_TOKENS + corpus.max_new_tokens
+    values, size = architecture.values(), cluster.dtype(config.precision).itemsize
+    batch = min(corpus.batch_size, -(-texts // cluster.world_size)) if texts else corpus.batch_size
+    # Bytes that a pass reads: the weights, and keys and values of the tokens so far, on average half of the new ones.
+    numel = sum(weight.numel() for weight in architecture.build().parameters())
+    heads = values["num_attention_heads"]
+    width = (values.get("num_key_value_heads") or heads) * (values.get("head_dim") or values["hidden_size"] // heads)
+    cache = 2 * width * size * values["num_hidden_layers"]  # of a token
+    read = numel * size + batch * cache * (_PROMPT_TOKENS + new / 2)
+    # Seconds of a pass that writes one token of each text in the batch, by what they are spent on.
+    is_sharded = not _is_resident(config, cluster, numel * size)
+    others = (cluster.world_size - 1) / cluster.world_size
+    flops = forward_flops(architecture, teacher, length)
+    seconds = {
+        "computation": batch * flops / cluster.flops,
+        "reading weights, keys and values from memory (a larger corpus.batch_size helps)": read
+        / cluster.memory_bandwidth,
+        "gathering the sharded teacher for every token (corpus.server may be faster)": is_sharded
+        * (size * numel * others / cluster.bandwidth),
+    }
+    limit = max(seconds, key=lambda name: seconds[name])
+    of_prompts = batch * _PROMPT_TOKENS * flops / cluster.flops
+    tokens_per_s = cluster.world_size * batch * new / (new * seconds[limit] + of_prompts)
+    tokens = texts and texts * new
+    weights = numel * size / (cluster.world_size if is_sharded else 1)
+    reserved = RESERVED_ON_GPU if cluster.device == "cuda" else RESERVED_ON_HOST
+    return Writing(
+        done is not None,
+        texts,
+        tokens,
+        flops * length / new,
+        tokens_per_s,
+        tokens and tokens / tokens_per_s / 3600,
+        limit,
+        round(weights + batch * (cache * length + _LOGITS_BYTES * values["vocab_size"])) + reserved,
+    )
+
+
+def _written_texts(config: Config) -> int | None:
+    """Returns the number of texts that are written as the config says, None if there are none."""
+    folder, corpus = config.path(kinds.WRITTEN.folder), config.corpus.as_dict()
+    if not (folder / MANIFEST_NAME).is_file():
+        return None
+    manifest = read_manifest(folder, "written", files_are_here=False)
+    are_these = all(manifest.config.get(key) == corpus[key] for key in KEYS_OF_TEXTS)
+    return int(manifest.facts["texts"]) if are_these else None
+
+
+def _is_resident(config: Config, cluster: Cluster, weights: int) -> bool:
+    """Returns whether every rank holds all of the teacher, as :func:`dskd.models.sampling.load_sampler` decides."""
+    if config.teacher.mode in ("resident", "zero3"):
+        return config.teacher.mode == "resident"
+    return 2 * weights <= cluster.gpu_memory
