@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.artifacts import kinds
-from dskd.artifacts.hashing import MANIFEST_NAME, MODEL_CARD_NAME, digest_of_json
+from dskd.artifacts.hashing import MANIFEST_NAME, digest_of_json
 from dskd.artifacts.manifest import read_manifest
 from dskd.artifacts.pointers import refuse_pointer
 from dskd.config import Config
@@ -44,6 +44,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *_SENTENCEPIECE
 # are not in the folder, and transformers would load the model that the adapter was made for instead of this one.
 ADAPTER_CONFIG = "adapter_config.json"
 CONFIG_AND_TOKENIZER = ("*.json", "*.model", "*.txt", "*.jinja")
+MODEL_CARD_NAME = "README.md"
 # Patterns of the files that copies of a model have to come with, in capital and small letters.
 LICENCE_FILES = tuple(
     "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else letter for letter in name) + "*"
@@ -176,7 +177,7 @@ def _find_made_teacher(config: Config) -> ModelFolder:
     folder, is_gguf = config.path(kinds.TEACHER.folder), config.teacher.is_gguf
     if is_gguf and not (folder / MANIFEST_NAME).exists():  # making it would meet a wrong path
         require_gguf_file(gguf_path(config))
-    manifest = read_manifest(folder, "teacher")
+    manifest = read_manifest(folder, kinds.TEACHER.name)
     digest = manifest.inputs.get("gguf")
     if digest != (gguf_digest(config) if is_gguf else None):
         made_from = "another model" if digest is None else f"the GGUF file {manifest.facts.get('file')}"
@@ -217,7 +218,7 @@ def tokenizer_files_digest(config: Config) -> str:
     assert named is not None, "called only if teacher.tokenizer is set"
     folder = config.path(kinds.TEACHER.folder)
     if not Path(named).expanduser().is_dir() and (folder / MANIFEST_NAME).is_file():
-        manifest = read_manifest(folder, "teacher")
+        manifest = read_manifest(folder, kinds.TEACHER.name)
         if manifest.config.get("tokenizer") == named and "tokenizer" in manifest.inputs:
             return manifest.inputs["tokenizer"]
     found = find_tokenizer_folder(named)

@@ -19,7 +19,7 @@ from dskd.console import say, stage
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
-from dskd.models.folder import ADAPTER_CONFIG, CONFIG_AND_TOKENIZER, ModelFolder, attention_key, find_teacher
+from dskd.models.folder import ADAPTER_CONFIG, CONFIG_AND_TOKENIZER, ModelFolder, attention_key
 from dskd.models.layers import check_kinds
 from dskd.models.loading import load_with_transformers
 from dskd.models.precision import resolve_precision
@@ -43,18 +43,17 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     """
     settings, inputs = settings_of(config.student), {}
     if config.student.is_measured:
-        inputs["sequences"] = read_manifest(config.path(kinds.SEQUENCES.folder), "sequences").digest
+        inputs["sequences"] = read_manifest(config.path(kinds.SEQUENCES.folder), kinds.SEQUENCES.name).digest
         settings |= {"seed": config.seed, "precision": resolve_precision(config.precision)}
     return Recipe("student", inputs, settings, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest)
 
 
-def build_cut_student(config: Config) -> None:
+def build_cut_student(config: Config, teacher: ModelFolder) -> None:
     """Cuts the student and writes `WORKDIR/student`.
 
     Raises:
         UserError: when the teacher is refused, or no student can be made of the chosen layers.
     """
-    teacher = find_teacher(config)
     target = config.path(kinds.STUDENT.folder)
     with stage("student: cut from the teacher", reads=[teacher.path], writes=target):
         values, full = teacher.config_values(), teacher.load_config()

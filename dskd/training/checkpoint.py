@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dskd.artifacts import kinds
 from dskd.artifacts.kinds import checkpoint_folder
 from dskd.artifacts.manifest import Manifest, Recipe, is_current, read_manifest, verify_files
 from dskd.config import Config
@@ -91,7 +92,7 @@ def _newest_complete(base: Path, named: str | None, *, verify: bool) -> tuple[Ch
         if step_named is not None and step > step_named:
             continue
         try:
-            manifest = read_manifest(path, "checkpoint")
+            manifest = read_manifest(path, kinds.CHECKPOINT.name)
             _require_facts(path, manifest)
             if verify:
                 verify_files(path, manifest)
@@ -116,7 +117,7 @@ def at_step(config: Config, step: int) -> Checkpoint:
         UserError: if it is missing or damaged.
     """
     path = checkpoint_folder(config) / f"step-{step:08d}"
-    return Checkpoint(path, step, read_manifest(path, "checkpoint"))
+    return Checkpoint(path, step, read_manifest(path, kinds.CHECKPOINT.name))
 
 
 def is_finished(config: Config, recipe: Recipe) -> bool:

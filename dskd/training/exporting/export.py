@@ -121,7 +121,7 @@ def find_export(config: Config, run: str) -> tuple[ModelFolder, Manifest]:
     Raises:
         UserError: if it is missing or damaged.
     """
-    return open_made_model(config, config.path(kinds.EXPORT.folder, run), "export")
+    return open_made_model(config, config.path(kinds.EXPORT.folder, run), kinds.EXPORT.name)
 
 
 def write_export(student: ModelFolder, trained: Mapping[str, torch.Tensor], target: Path) -> set[torch.dtype]:

@@ -6,10 +6,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from dskd.artifacts import kinds
-from dskd.artifacts.hashing import MANIFEST_NAME, MODEL_CARD_NAME
+from dskd.artifacts.hashing import MANIFEST_NAME
 from dskd.artifacts.manifest import read_manifest, write_json
 from dskd.console import warn
-from dskd.models.folder import ADAPTER_CONFIG, LICENCE_FILES, ModelFolder, attention_key
+from dskd.models.folder import ADAPTER_CONFIG, LICENCE_FILES, MODEL_CARD_NAME, ModelFolder, attention_key
 from dskd.models.generation import GENERATION_CONFIG, answer_ends, as_list, generation_values
 from dskd.models.weights import WEIGHTS_INDEX
 from dskd.students.student import origin_of

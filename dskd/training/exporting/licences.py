@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dskd.artifacts.hashing import MODEL_CARD_NAME
+from dskd.models.folder import MODEL_CARD_NAME
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
