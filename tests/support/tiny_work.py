@@ -41,7 +41,7 @@ TINY = {
         "learning_rate": 1.0e-3,
         "steps": 6,
         "global_batch_size": 8,
-        "micro_batch_size": 2,
+        "micro_batch_size": 4,
         "checkpoint_every": 3,
         "num_workers": 1,
         "loss_chunk_size": 50,
