@@ -1,4 +1,4 @@
-"""The verb `dskd compare`: its arguments, and the report that it prints and writes."""
+"""The verb `dskd compare`: compares runs."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The verb `dskd senses`: its arguments, and the calls of its actions on finished sense dictionaries."""
+"""The verb `dskd senses`: measures and merges finished sense dictionaries."""
 
 import argparse
 from pathlib import Path

@@ -1,6 +1,6 @@
 """The chat template and the generation config of the student: copies of those of the model that it is made from.
 
-They change no weight, so they are not in the student's recipe, and the training of a student outlives a change of them.
+They change no weight and are not in the student's recipe, so changing them does not invalidate a student's training.
 """
 
 import json
