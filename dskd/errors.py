@@ -42,7 +42,7 @@ class LostPeerError(Exception):
     """The error of ranks that cannot continue because others are missing; restarting all ranks may help."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Returns the first line of an error's text, or the name of its type if it has no text."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import functools
 import gc
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,7 @@ from dskd.artifacts.kinds import Kind
 from dskd.artifacts.lock import hold_lock
 from dskd.artifacts.manifest import Recipe, is_current
 from dskd.cli.launching import StageFailedError, launch
-from dskd.compare.results import DifferentDataError
-from dskd.compare.text import compare
+from dskd.cli.results import describe_results
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.console import say
@@ -37,20 +35,19 @@ from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.evaluation import held_out_text, tasks
 from dskd.evaluation.results_in_cards import update_cards
-from dskd.inspection.examples import describe_examples
 from dskd.lexicon import build as lexicon
 from dskd.lexicon.wordnet import open_wordnet
 from dskd.models.architecture import check_architecture
-from dskd.models.folder import ModelFolder, find_pretrained_student, find_teacher, load_tokenizer
+from dskd.models.folder import ModelFolder, find_pretrained_student, find_teacher
 from dskd.models.gguf import teacher as gguf_teacher
 from dskd.models.limits import vocabulary_size
 from dskd.models.trained import trained_layers
 from dskd.senses import build as senses
-from dskd.shards import annotate
+from dskd.shards.recipe import open_inputs, stale_splits
 from dskd.students import student
 from dskd.students.copies import copies_are_current
 from dskd.training import checkpoint, inputs, teacher_from_scratch
-from dskd.training.exporting import card, export
+from dskd.training.exporting import export
 
 LOCK = ".pipeline.lock"  # in the work directory
 
@@ -132,7 +129,7 @@ def plan_stages(
         return start
 
     def shards_are_current() -> bool:
-        return not annotate.stale_splits(config, annotate.open_inputs(config, teacher()))
+        return not stale_splits(config, open_inputs(config, teacher()))
 
     def senses_are_current() -> bool:
         if config.senses.path is not None:
@@ -153,9 +150,9 @@ def plan_stages(
         stage(kinds.LEXICON, lambda: lexicon.recipe(config), lambda: lexicon.build_lexicon(config)),
         stage(kinds.CORPUS, lambda: corpus.recipe(config), lambda: corpus.build_corpus(config)),
         stage(kinds.SEQUENCES, lambda: sequences.recipe(config, teacher().tokenizer_digest), build_sequences),
-        Stage(kinds.STUDENT.name, student_is_current, lambda: student.build_student(config)),
-        Stage("senses", senses_are_current, ranks("build_senses.py")),
-        Stage("shards", shards_are_current, ranks("annotate.py")),
+        Stage(kinds.STUDENT.name, student_is_current, lambda: student.build_student(config, teacher())),
+        Stage(kinds.SENSES.name, senses_are_current, ranks("build_senses.py")),
+        Stage(kinds.SHARDS.name, shards_are_current, ranks("annotate.py")),
     ]
     if config.corpus.source == "teacher":
         if config.corpus.server is None:
@@ -176,7 +173,7 @@ def plan_stages(
         stages.insert(0, from_gguf)  # first, so that a file that does not fit is refused before the corpus is read
     for name in config.run_names:
         stages += _run_stages(load_config(path, [*overrides, run_override(name)]), path, overrides)
-    stages.append(Stage("evaluation", lambda: held_out_text.are_current(config), ranks("evaluate.py")))
+    stages.append(Stage(kinds.EVALUATION.name, lambda: held_out_text.are_current(config), ranks("evaluate.py")))
     if names := config.tasks.evaluate:
         stages.append(Stage("tasks", lambda: tasks.are_current(config, names), ranks("evaluate.py", "--tasks", *names)))
     return stages
@@ -204,46 +201,12 @@ def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
     ]
 
 
-def describe_results(config: Config) -> str:
-    """Returns what the pipeline prints at its end: the comparison with what the models say, the senses of a few words,
-    and the exported models, with a program that uses one.
-    """
-    parts = [compare_or_explain(config)]
-    try:
-        parts.append(describe_examples(config))
-    except UserError as problem:  # such as a dictionary that was removed since; nothing that was made depends on it
-        parts.append(f"No senses to show: {problem}")
-    folders = {run: config.path(kinds.EXPORT.folder, run) for run in config.run_names}
-    width = max(map(len, folders))
-    exported = "\n".join(f"  {run.ljust(width)}  {folder}" for run, folder in folders.items())
-    shown = folders.get(config.run) or [*folders.values()][-1]
-    has_template = bool(load_tokenizer(shown, trust_remote_code=config.teacher.trust_remote_code).chat_template)
-    program = textwrap.indent(card.chat_program(str(shown), has_template), "  ")
-    parts.append(
-        f"Trained students, which transformers loads, each with a model card (README.md):\n{exported}\n\n"
-        f"{'Chat with one' if has_template else 'Let one continue a text'}, in Python:\n{program}"
-    )
-    return "\n\n".join(filter(None, parts))
-
-
 def release_memory() -> None:
     """Gives back what earlier stages left in the memory of this process, which waits while ranks need the machine's."""
     open_wordnet.cache_clear()  # hundreds of megabytes of parsed synsets
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # only glibc has it, and only it keeps freed tensors
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def compare_or_explain(config: Config) -> str:
-    """Returns the comparison with what the models say or, if earlier tracked runs were evaluated on other data, the
-    reason why there is none.
-
-    That is not a failure of the pipeline, since all artifacts exist.
-    """
-    try:
-        return compare(config, with_texts=True)
-    except DifferentDataError as error:
-        return f"Not compared: {error}"
 
 
 def run_override(name: str) -> str:

@@ -7,7 +7,7 @@ measures their knowledge of words and senses instead, and writes WORKDIR/lexical
 from dskd.cli.program import build_parser, parse, run_on_ranks
 from dskd.config import Config
 from dskd.distributed.world import World
-from dskd.evaluation.table import PROGRAMS, Request
+from dskd.evaluation.table import PROGRAMS, Arguments
 
 EPILOG = """
 examples:
@@ -43,8 +43,8 @@ def main() -> None:
     )
     args = parse(parser, "models", *(program.option for program in optional))
     program = next((each for each in optional if getattr(args, each.option) is not None), without_option)
-    request = Request(getattr(args, program.option, ()), args.models, args.force)
-    for name in request.names:
+    arguments = Arguments(getattr(args, program.option, ()), args.models, args.force)
+    for name in arguments.names:
         if name not in program.takes:
             choices = ", ".join(program.takes)
             parser.error(f"argument --{program.option}: invalid choice: {name!r} (choose from {choices})")
@@ -62,7 +62,7 @@ def main() -> None:
         if not args.models:
             run_is_named = any(override.startswith("run=") for override in args.overrides)
             on_main(lambda: require_exports(config, run_is_named=run_is_named))
-        program.run(config, world, request)
+        program.run(config, world, arguments)
         on_main(lambda: update_cards(config))
 
     run_on_ranks(args, work)

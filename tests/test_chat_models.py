@@ -9,6 +9,7 @@ from gguf_files import TEXTS, write_gguf
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dskd.cli.results import describe_results
 from dskd.config import Config
 from dskd.corpus.build import build_corpus
 from dskd.corpus.sequences import build_sequences
@@ -19,7 +20,6 @@ from dskd.evaluation.results_in_cards import update_cards
 from dskd.lexicon.build import build_lexicon
 from dskd.models.folder import find_teacher
 from dskd.models.gguf.teacher import build_teacher
-from dskd.pipeline import describe_results
 from dskd.senses.build import build_senses
 from dskd.shards.annotate import annotate
 from dskd.students.student import build_student

@@ -104,7 +104,7 @@ class Building:
             config=as_json(self.recipe.config),
             teacher=self.recipe.teacher,
             tokenizer=self.recipe.tokenizer,
-            files=hash_files(self.folder, known=hashes),
+            files=hash_files(self.folder, known=hashes, not_hashed=KINDS[self.recipe.kind].not_hashed),
             facts=as_json(self.facts),
             packages=package_versions(),
         )

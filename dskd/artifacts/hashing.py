@@ -2,26 +2,27 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 MANIFEST_NAME = "manifest.json"
-MODEL_CARD_NAME = "README.md"
 
 
 def hash_files(
-    folder: Path, only: Mapping[str, Any] | None = None, known: Mapping[str, str] = MappingProxyType({})
+    folder: Path,
+    only: Mapping[str, Any] | None = None,
+    known: Mapping[str, str] = MappingProxyType({}),
+    not_hashed: Collection[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Computes the sha256 and size of every file under `folder`, in the order of their names.
 
-    Leaves out the manifest, the notes (names that begin with a dot), and a model card: it is made from the manifest,
-    and made again when there are results to add. With `only`, reads just the files it names. Reads no file whose
-    sha256 is `known`.
+    Leaves out the manifest, the notes (names that begin with a dot) and `not_hashed`. With `only`, reads just
+    the files it names. Reads no file whose sha256 is `known`.
     """
-    names = sorted(only) if only is not None else sorted(_names(folder))
+    names = sorted(only) if only is not None else sorted(_names(folder, not_hashed))
     with ThreadPoolExecutor(max_workers=8) as pool:  # threads suffice: hashlib releases the interpreter's lock
         digests = pool.map(lambda name: known.get(name) or sha256_of_file(folder / name), names)
     return {
@@ -30,12 +31,12 @@ def hash_files(
     }
 
 
-def _names(folder: Path) -> Iterator[str]:
+def _names(folder: Path, not_hashed: Collection[str]) -> Iterator[str]:
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
         if (
             path.is_file()
-            and str(name) not in (MANIFEST_NAME, MODEL_CARD_NAME)
+            and str(name) not in (MANIFEST_NAME, *not_hashed)
             and not any(part.startswith(".") for part in name.parts)
         ):
             yield str(name)

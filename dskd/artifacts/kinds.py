@@ -20,6 +20,7 @@ class Kind:
     made_by: str  # the command that makes it, for messages
     schema_version: int
     missing: str  # for the message if there is none: "there {missing} with `{made_by}`"
+    not_hashed: tuple[str, ...] = ()  # files that are written again later, without making it another artifact
 
 
 LEXICON = Kind("lexicon", "lexicon", "dskd lexicon --config FILE", 2, "is no lexicon here; make it")
@@ -54,7 +55,14 @@ SHARDS = Kind("shards", "shards", "deepspeed launcher/annotate.py --config FILE"
 CHECKPOINT = Kind(
     "checkpoint", "checkpoints", "deepspeed launcher/train.py --config FILE", 1, "is no checkpoint here; make it"
 )
-EXPORT = Kind("export", "export", "dskd export --config FILE", 1, "is no export here; make it")
+EXPORT = Kind(
+    "export",
+    "export",
+    "dskd export --config FILE",
+    1,
+    "is no export here; make it",
+    not_hashed=("README.md",),  # the model card, which evaluations rewrite
+)
 EVALUATION = Kind(
     "evaluation", "evaluation", "deepspeed launcher/evaluate.py --config FILE", 3, "is no evaluation here; make it"
 )

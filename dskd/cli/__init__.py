@@ -14,4 +14,5 @@ plan       predicts memory, time and disk space
 compare    compares runs
 inspect    shows what was built
 senses     measures and merges sense dictionaries
+results    what the pipeline prints at its end
 """

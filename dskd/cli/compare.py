@@ -1,4 +1,4 @@
-"""The verb `dskd compare`: its arguments, and the report that it prints and writes."""
+"""The verb `dskd compare`: compares runs."""
 
 import argparse
 from pathlib import Path
@@ -87,7 +87,7 @@ def run_compare(args: argparse.Namespace) -> None:
     for key, value in args.tag:
         if tags.setdefault(key, value) != value:
             raise UserError(
-                f"--tag {key}={value}: --tag {key}={tags[key]} is given too, and a run has only one value of a tag"
+                f"--tag {key}={value} contradicts --tag {key}={tags[key]}; a run has one value for each tag"
             )
     if args.html is not None:
         require_writable(args.html)

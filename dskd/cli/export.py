@@ -1,4 +1,4 @@
-"""`dskd export`: makes a Hugging Face model from a checkpoint."""
+"""The verb `dskd export`: makes a Hugging Face model from a checkpoint."""
 
 import argparse
 
@@ -12,7 +12,7 @@ _EXAMPLES = """examples:
 
 
 def add_parser(verbs: argparse._SubParsersAction) -> None:
-    """Adds the parser of `dskd export`."""
+    """Adds the parser of `export`."""
     add_config_arguments(add_verb(verbs, "export", run_export, text=_HELP, epilog=_EXAMPLES))
 
 

@@ -1,4 +1,4 @@
-"""The verb `dskd inspect`: its arguments, and the calls of its actions."""
+"""The verb `dskd inspect`: shows what was built."""
 
 import argparse
 from collections.abc import Sequence

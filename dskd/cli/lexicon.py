@@ -1,4 +1,4 @@
-"""`dskd lexicon`: reads synonyms and antonyms."""
+"""The verb `dskd lexicon`: reads synonyms and antonyms."""
 
 import argparse
 
@@ -12,7 +12,7 @@ _EXAMPLES = """examples:
 
 
 def add_parser(verbs: argparse._SubParsersAction) -> None:
-    """Adds the parser of `dskd lexicon`."""
+    """Adds the parser of `lexicon`."""
     add_config_arguments(add_verb(verbs, "lexicon", run_lexicon, text=_HELP, epilog=_EXAMPLES))
 
 

@@ -1,4 +1,4 @@
-"""The verb `dskd plan`: its arguments, and the plan that it prints."""
+"""The verb `dskd plan`: predicts memory, time and disk space."""
 
 import argparse
 import contextlib

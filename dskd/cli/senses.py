@@ -1,4 +1,4 @@
-"""The verb `dskd senses`: its arguments, and the calls of its actions on finished sense dictionaries."""
+"""The verb `dskd senses`: measures and merges finished sense dictionaries."""
 
 import argparse
 from pathlib import Path
@@ -10,8 +10,7 @@ HELP = "work on finished sense dictionaries: merge, geometry"
 EPILOG = """
 examples:
   dskd senses geometry --config configs/quickstart.yaml
-  dskd senses merge --config configs/wiki.yaml --dictionary work/wiki/senses --dictionary work/tasks/senses \\
-      --output work/merged
+  dskd senses merge --config FILE --dictionary work/wiki/senses --dictionary work/tasks/senses --output work/merged
 """
 MERGE_HELP = "merge sense dictionaries that one teacher built on different corpora"
 MERGE_EPILOG = """
@@ -19,8 +18,7 @@ The config names the teacher, the lexicon (for the spans and relations), and how
 senses.states_per_sense, senses.restarts. Name the result in senses.path, and annotate with it.
 
 example:
-  dskd senses merge --config configs/wiki.yaml --dictionary work/wiki/senses --dictionary work/tasks/senses \\
-      --output work/merged
+  dskd senses merge --config FILE --dictionary work/wiki/senses --dictionary work/tasks/senses --output work/merged
 """
 GEOMETRY_HELP = (
     "measure whether synonyms are nearer than antonyms to the teacher, which is what the sense loss passes on"

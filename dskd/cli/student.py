@@ -1,4 +1,4 @@
-"""`dskd student`: makes the student, or shows which layers it could keep."""
+"""The verb `dskd student`: makes the student, or shows which layers it could keep."""
 
 import argparse
 
@@ -17,7 +17,7 @@ _EXAMPLES = """examples:
 
 
 def add_parser(verbs: argparse._SubParsersAction) -> None:
-    """Adds the parser of `dskd student`."""
+    """Adds the parser of `student`."""
     parser = add_verb(verbs, "student", run_student, text=_HELP, epilog=_EXAMPLES)
     add_config_arguments(parser)
     parser.add_argument("--explain", action="store_true", help=_EXPLAIN_HELP)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dskd.artifacts import kinds
 from dskd.compare.choosing import Chosen, Selection, choose_runs
-from dskd.compare.continuations import Text, read_texts
+from dskd.compare.continuations import Continuations, read_continuations
 from dskd.compare.group_tests import Test, test_groups
 from dskd.compare.groups import Group, config_differences, group_runs
 from dskd.compare.metrics import EVALUATED, TERMS, Best, History, read_metrics
@@ -32,7 +32,7 @@ class Comparison:
     example_tests: Sequence[Test]
     seed_tests: Sequence[Test]
     notes: Sequence[str]
-    texts: Sequence[Text]  # what the models say, if the evaluation on held-out text is not left out
+    texts: Sequence[Continuations]  # what the models say, if the evaluation on held-out text is not left out
 
     @property
     def runs(self) -> list[TrackedRun]:
@@ -135,7 +135,7 @@ def make_comparison(
     with_values = [measure for name, measure in measures.items() if f"{EVALUATED}{name}" in final]
     per_example, per_seed = test_groups(groups, base, with_values, final)
     held_out = next((evaluated for evaluated in results if evaluated.evaluation is HELD_OUT), None)
-    texts = [] if held_out is None else read_texts(config, runs, list(held_out.references))
+    texts = [] if held_out is None else read_continuations(config, runs, list(held_out.references))
     return Comparison(
         config,
         groups,

@@ -1,4 +1,4 @@
-"""What the compared models say: their continuations of the same few prompts."""
+"""Continuations of the same prompts by the compared models."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dskd.artifacts.manifest import read_file
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.evaluation.continued_texts import TABLE_FILE, Samples, read_samples
+from dskd.evaluation.continued_texts import CONTINUATIONS_TABLE, ContinuationTable, parse_continuations
 from dskd.evaluation.models import TEACHER, UNTRAINED_STUDENT
 from dskd.evaluation.table import HELD_OUT
 from dskd.tracking import TrackedRun, read_artifact
@@ -15,7 +15,7 @@ _LONGEST_PROMPT = 160  # characters that are shown of a prompt, its last ones
 
 
 @dataclass(frozen=True)
-class Text:
+class Continuations:
     """A prompt, and how models continue it, in one line each."""
 
     prompt: str
@@ -23,7 +23,7 @@ class Text:
     itself: str  # how the text itself continues; empty if the prompt is a request
 
 
-def read_texts(config: Config, runs: Sequence[TrackedRun], references: Sequence[str]) -> list[Text]:
+def read_continuations(config: Config, runs: Sequence[TrackedRun], references: Sequence[str]) -> list[Continuations]:
     """Returns the prompts of the first model that has any, with the continuations of all models that have them too.
 
     `runs` are tracked; `references` are names of models that are evaluated in the work directory.
@@ -32,9 +32,9 @@ def read_texts(config: Config, runs: Sequence[TrackedRun], references: Sequence[
     if not models:
         return []
     models.sort(key=lambda model: (model.name != TEACHER, model.name != UNTRAINED_STUDENT))  # otherwise as they come
-    first = models[0].samples
+    first = models[0].table
     return [
-        Text(
+        Continuations(
             _end_of(prompt),
             [(model.label, _line(said[prompt])) for model in models if prompt in (said := model.said)],
             _line(first.texts_themselves.get(prompt, "")),
@@ -45,34 +45,34 @@ def read_texts(config: Config, runs: Sequence[TrackedRun], references: Sequence[
 
 @dataclass(frozen=True)
 class _Model:
-    """A model whose samples were found."""
+    """A model whose continuations were found."""
 
     name: str
     label: str  # its name, or its name and id if several runs have that name
-    samples: Samples
+    table: ContinuationTable
 
     @property
     def said(self) -> Mapping[str, str]:
         """{prompt: its continuation}."""
-        return self.samples.of_models.get(self.name, {})
+        return self.table.of_models.get(self.name, {})
 
 
 def _read(config: Config, runs: Sequence[TrackedRun], references: Sequence[str]) -> Iterator[_Model]:
     for name in references:
         folder = HELD_OUT.folder_of(config, name)
-        if (content := read_file(folder, TABLE_FILE)) is not None:
-            yield _Model(name, name, _samples(content, str(folder / TABLE_FILE)))
+        if (content := read_file(folder, CONTINUATIONS_TABLE)) is not None:
+            yield _Model(name, name, _parse(content, str(folder / CONTINUATIONS_TABLE)))
     names = [*references, *(run.name for run in runs)]
     for run in runs:
         label = run.name if names.count(run.name) == 1 else f"{run.name} ({run.run_id[:8]})"
-        if HELD_OUT.tag in run.tags and (content := read_artifact(config, run.run_id, TABLE_FILE)) is not None:
-            samples = _samples(content, f"artifact {TABLE_FILE} of run {run.name} ({run.run_id})")
-            yield _Model(run.name, label, samples)
+        if HELD_OUT.tag in run.tags and (content := read_artifact(config, run.run_id, CONTINUATIONS_TABLE)) is not None:
+            table = _parse(content, f"artifact {CONTINUATIONS_TABLE} of run {run.name} ({run.run_id})")
+            yield _Model(run.name, label, table)
 
 
-def _samples(content: bytes, place: str) -> Samples:
+def _parse(content: bytes, place: str) -> ContinuationTable:
     try:
-        return read_samples(content)
+        return parse_continuations(content)
     except ValueError as error:
         raise UserError(f"{place}: {error}; evaluate it again with `{HELD_OUT.made_by}`") from None
 

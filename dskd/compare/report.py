@@ -72,7 +72,7 @@ def render_report(comparison: Comparison) -> str:
             for t in comparison.titles
         ],
         references_note=_references_note(comparison),
-        texts=_texts(comparison),
+        texts=[(text.prompt, wording.rows_of_continuations(text)) for text in comparison.texts],
         baseline=comparison.baseline.name if comparison.baseline else "",
         tests=_tests(comparison),
         differences=_grid(comparison, tables.settings_table(comparison)),
@@ -122,18 +122,6 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
         if len(digests) == 1:
             facts.append((tag.replace("_", " "), digests.pop()))
     return facts
-
-
-def _texts(comparison: Comparison) -> list[dict[str, Any]]:
-    """Returns what the template shows of prompts and continuations."""
-    return [
-        {
-            "prompt": text.prompt,
-            "rows": [(wording.reference_label(name), said) for name, said in text.continuations],
-            "itself": text.itself,
-        }
-        for text in comparison.texts
-    ]
 
 
 def _references_note(comparison: Comparison) -> str:

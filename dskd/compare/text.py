@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dskd.compare import tables, wording
 from dskd.compare.comparison import Comparison, make_comparison
-from dskd.compare.continuations import Text
+from dskd.compare.continuations import Continuations
 from dskd.compare.group_tests import Test
 from dskd.compare.mlflow_link import mlflow_link
 from dskd.compare.pictures import draw_curves
@@ -91,19 +91,16 @@ def _groups_table(comparison: Comparison) -> str:
     return table(["", *(group.label for group in comparison.groups)], rows)
 
 
-def format_texts(texts: Sequence[Text]) -> str:
+def format_texts(texts: Sequence[Continuations]) -> str:
     """Formats prompts with the continuations of all models, one below the other."""
     lines = ["The same prompts, continued by each model (the most probable token at each step):"]
     for text in texts:
-        rows = [(wording.reference_label(name), said) for name, said in text.continuations]
-        rows += [("(the text itself)", text.itself)] if text.itself else []
+        rows = wording.rows_of_continuations(text)
         width = max(len(name) for name, _ in rows)
         lines += ["", textwrap.fill(text.prompt, _WIDTH)]
         for name, said in rows:
             begin = f"  {name.ljust(width)}  "
-            lines.append(
-                textwrap.fill(said or "(nothing)", _WIDTH, initial_indent=begin, subsequent_indent=" " * len(begin))
-            )
+            lines.append(textwrap.fill(said, _WIDTH, initial_indent=begin, subsequent_indent=" " * len(begin)))
     return "\n".join(lines)
 
 

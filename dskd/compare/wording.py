@@ -5,11 +5,12 @@ from collections import Counter
 from collections.abc import Mapping
 
 from dskd.compare.comparison import Comparison
+from dskd.compare.continuations import Continuations
 from dskd.compare.group_tests import Test
 from dskd.compare.groups import Group
 from dskd.compare.metrics import COST, COVERAGE, EVALUATED, TRAINED, Best
 from dskd.compare.statistics import Estimate
-from dskd.evaluation.models import TEACHER, UNTRAINED_STUDENT
+from dskd.evaluation.models import LABELS
 from dskd.evaluation.scores_by_example import Measure
 from dskd.losses import terms
 
@@ -24,7 +25,6 @@ _LABELS = {
     "coverage/with_synonyms": "targets with synonyms",
     "coverage/with_antonyms": "targets with antonyms",
 }
-_REFERENCES = {TEACHER: "teacher", UNTRAINED_STUDENT: "student before training"}
 
 
 def label(metric: str) -> str:
@@ -35,7 +35,13 @@ def label(metric: str) -> str:
 
 def reference_label(name: str) -> str:
     """Returns the name shown for a model that is not a tracked run."""
-    return _REFERENCES.get(name, name)
+    return LABELS.get(name, name)
+
+
+def rows_of_continuations(continuations: Continuations) -> list[tuple[str, str]]:
+    """Returns the continuations of a prompt as rows: the label of a model, or of the text itself, and what it says."""
+    rows = [(reference_label(name), said or "(nothing)") for name, said in continuations.continuations]
+    return [*rows, ("(the text itself)", continuations.itself)] if continuations.itself else rows
 
 
 def number(metric: str, value: float) -> str:

@@ -14,7 +14,7 @@ Prompt = Annotated[str, Field(pattern=r"\S")]
 
 
 class EvaluationConfig(Section):
-    """Measures on held-out text, and lexical measures."""
+    """Measures on held-out text, continuations of texts, answers to requests, and lexical measures."""
 
     batch_size: int = Field(16, ge=1, description="number of sequences in one forward pass")
     samples: int = Field(4, ge=0, description="number of held-out texts that every model continues; 0: none")

@@ -134,7 +134,7 @@ def position_ids_of(starts: torch.Tensor) -> torch.Tensor | None:
 
 def recipe(config: Config, tokenizer_digest: str) -> Recipe:
     """Returns the recipe of the sequences: every input and setting that affects their content."""
-    documents = read_manifest(config.path(kinds.CORPUS.folder), "corpus")
+    documents = read_manifest(config.path(kinds.CORPUS.folder), kinds.CORPUS.name)
     keys = ["sequence_length", "packing", "max_sequences", "max_validation_sequences"]
     if config.corpus.source == "chat":
         keys.append("long_chats")
@@ -239,7 +239,7 @@ def load_sequences(config: Config, split: str, tokenizer_digest: str) -> tuple[S
     are missing, or were tokenized with another tokenizer.
     """
     folder = config.path(kinds.SEQUENCES.folder)
-    manifest = read_manifest(folder, "sequences")
+    manifest = read_manifest(folder, kinds.SEQUENCES.name)
     require_same(
         "tokenizers",
         expected=tokenizer_digest,

@@ -7,6 +7,7 @@ scores_by_example  the file of each example's scores
 batching           batches of texts of similar lengths
 held_out_text      perplexity, agreement with the teacher, and alignment with sense embeddings
 continued_texts    how each model continues a few held-out texts
+card_sections      what model cards show of each evaluation
 results_in_cards   adds results to the model cards of exports
 tasks              the paper's benchmarks: runs each model on the questions
 task_questions     reads and checks the questions

@@ -26,7 +26,7 @@ from dskd.models.generation import answer_ends, before_end, end_tokens, generate
 from dskd.models.limits import position_limit, vocabulary_size
 from dskd.models.tokenizing import require_known
 
-TABLE_FILE, TEXT_FILE = "samples.json", "samples.md"
+CONTINUATIONS_TABLE, CONTINUATIONS_TEXT = "samples.json", "samples.md"
 _PROMPT, _TEXT = "prompt", "the text itself"
 
 
@@ -49,7 +49,7 @@ def read_requests(config: Config, teacher: ModelFolder) -> list[Request]:
 
 
 def settings(config: Config, requests: Sequence[Request]) -> dict[str, Any]:
-    """Returns what determines the samples; {} when the config asks for none."""
+    """Returns what determines the continuations; {} when the config asks for none."""
     if not (config.evaluation.samples or requests):
         return {}
     values: dict[str, Any] = {"samples": config.evaluation.samples, "sample_tokens": config.evaluation.sample_tokens}
@@ -134,7 +134,7 @@ def continue_prompts(model: FrozenModel, prompts: Prompts) -> list[list[int]]:
     return [before_end(row, ends) for row in added]
 
 
-def write_samples(
+def write_continuations(
     folder: Path,
     *,
     teacher: ModelFolder,
@@ -158,25 +158,25 @@ def write_samples(
             columns[_PROMPT].append(shown)
             rest = row[start : min(end, start + group.num_tokens)]
             columns[_TEXT].append(tokenizer.decode(rest, skip_special_tokens=True))
-    if (table := read_file(teachers, TABLE_FILE)) is not None:
-        samples = json.loads(table)
-        index = samples["columns"].index("teacher")
-        columns["teacher"] = [row[index] for row in samples["data"]]  # overwritten below if this model is the teacher
+    if (table := read_file(teachers, CONTINUATIONS_TABLE)) is not None:
+        written = json.loads(table)
+        index = written["columns"].index("teacher")
+        columns["teacher"] = [row[index] for row in written["data"]]  # overwritten below if this model is the teacher
     columns[name] = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in continuations]
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
-    write_json(folder / TABLE_FILE, {"columns": list(columns), "data": rows})
-    (folder / TEXT_FILE).write_text(_as_markdown(list(columns), rows), encoding="utf-8")
+    write_json(folder / CONTINUATIONS_TABLE, {"columns": list(columns), "data": rows})
+    (folder / CONTINUATIONS_TEXT).write_text(_as_markdown(list(columns), rows), encoding="utf-8")
 
 
 @dataclass(frozen=True)
-class Samples:
-    """The content of a file of samples: {prompt: text} of each model, and of the texts themselves."""
+class ContinuationTable:
+    """The content of `samples.json`: {prompt: continuation} of each model, and of the texts themselves."""
 
     of_models: Mapping[str, Mapping[str, str]]
     texts_themselves: Mapping[str, str]
 
 
-def read_samples(content: bytes) -> Samples:
+def parse_continuations(content: bytes) -> ContinuationTable:
     """Reads the content of `samples.json`. Raises a ValueError when it is another file."""
     try:
         table = json.loads(content)
@@ -184,9 +184,9 @@ def read_samples(content: bytes) -> Samples:
         prompts = columns.pop(_PROMPT, ())
         of = {name: dict(zip(prompts, texts, strict=True)) for name, texts in columns.items()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"this is no table of samples ({error!r})") from None
+        raise ValueError(f"this is no table of continuations ({error!r})") from None
     of_texts = of.pop(_TEXT, {})
-    return Samples(of, of_texts)
+    return ContinuationTable(of, of_texts)
 
 
 def _as_markdown(columns: list[str], rows: list[list[str]]) -> str:

@@ -133,27 +133,27 @@ def evaluate(
 
     def measure_model(model: FrozenModel, measurement: Measurement) -> Callable[[], Outcome]:
         examples = measure(model, text, predictions, world, label="evaluating")
-        write_samples = functools.partial(
-            continued_texts.write_samples,
+        write_continuations = functools.partial(
+            continued_texts.write_continuations,
             teacher=teacher.folder,
             prompts=prompts,
             continuations=[row for group in prompts for row in continued_texts.continue_prompts(model, group)],
             name=measurement.candidate.name,
             teachers=HELD_OUT.folder_of(config, TEACHER),
         )
-        return functools.partial(_outcome, examples, write_samples if any(map(len, prompts)) else None)
+        return functools.partial(_outcome, examples, write_continuations if any(map(len, prompts)) else None)
 
     suite.run(config, world, stale, measure_model, force=force)
     return inputs
 
 
-def _outcome(examples: Examples, write_samples: Callable[[Path], None] | None) -> Outcome:
+def _outcome(examples: Examples, write_continuations: Callable[[Path], None] | None) -> Outcome:
     measures = examples.values()
 
     def write_files(folder: Path) -> None:
         save_examples(folder / EXAMPLES_FILE, examples)
-        if write_samples is not None:
-            write_samples(folder)
+        if write_continuations is not None:
+            write_continuations(folder)
 
     return Outcome(
         measures,
@@ -161,8 +161,8 @@ def _outcome(examples: Examples, write_samples: Callable[[Path], None] | None) -
         examples.data,
         write_files,
         lines=[", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measures.items())],
-        tables=[] if write_samples is None else [continued_texts.TABLE_FILE],
-        files=[] if write_samples is None else [continued_texts.TEXT_FILE],
+        tables=[] if write_continuations is None else [continued_texts.CONTINUATIONS_TABLE],
+        files=[] if write_continuations is None else [continued_texts.CONTINUATIONS_TEXT],
     )
 
 

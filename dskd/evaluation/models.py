@@ -17,6 +17,7 @@ from dskd.students.student import find_student
 from dskd.training.exporting import export
 
 TEACHER, UNTRAINED_STUDENT = "teacher", "student"
+LABELS = {TEACHER: "teacher", UNTRAINED_STUDENT: "student before training"}  # in comparisons and model cards
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The table of evaluations: what `launcher/evaluate.py` starts, and what `dskd compare` shows or leaves out.
 
-A further evaluation is a module, which uses :mod:`dskd.evaluation.suite`, and an entry in `PROGRAMS`. It also needs a
+A further evaluation is a module, which uses :mod:`dskd.evaluation.suite`, and an entry in `PROGRAMS`, with the
+`CardSection` that model cards show. It also needs a
 kind in :mod:`dskd.artifacts.kinds`, and a stage in :mod:`dskd.pipeline` if the pipeline should run it. The modules are
 imported only when they run, so that programs start fast.
 """
@@ -10,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dskd.artifacts import kinds
+from dskd.artifacts.kinds import Kind
 from dskd.config import TASKS, Config
 from dskd.distributed.world import World
+from dskd.evaluation import card_sections
+from dskd.evaluation.card_sections import CardSection
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Evaluation:
     heading: str  # heads its output, before the model's name
     folder: str  # its folder among a run's artifacts in MLflow, such as `tasks/piqa`
     made_by: str  # the command that evaluates, for messages
+    kind: Kind  # of its results
+    in_card: CardSection
 
     @property
     def tag(self) -> str:
@@ -38,8 +44,8 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Request:
-    """The part of a command line that an evaluation reads."""
+class Arguments:
+    """The arguments of a command line that an evaluation reads."""
 
     names: Sequence[str]  # after the option
     models: Sequence[str] | None  # names of models (teacher, student, runs); None: all that exist
@@ -52,33 +58,57 @@ class Program:
 
     option: str  # with which it runs, without --; "" if it runs without an option
     help: str
-    run: Callable[[Config, World, Request], object]
+    run: Callable[[Config, World, Arguments], object]
     evaluations: Sequence[Evaluation]
     takes: Sequence[str] = ()  # the names that may follow the option
 
 
-def _run_held_out_text(config: Config, world: World, request: Request) -> None:
+def _run_held_out_text(config: Config, world: World, arguments: Arguments) -> None:
     from dskd.evaluation.held_out_text import evaluate
 
-    evaluate(config, world, force=request.force)
+    evaluate(config, world, force=arguments.force)
 
 
-def _run_tasks(config: Config, world: World, request: Request) -> None:
+def _run_tasks(config: Config, world: World, arguments: Arguments) -> None:
     from dskd.evaluation.tasks import run_tasks
 
-    run_tasks(config, world, request.names or config.tasks.evaluate, request.models, force=request.force)
+    run_tasks(config, world, arguments.names or config.tasks.evaluate, arguments.models, force=arguments.force)
 
 
-def _run_lexical(config: Config, world: World, request: Request) -> None:
+def _run_lexical(config: Config, world: World, arguments: Arguments) -> None:
     from dskd.evaluation.lexical.run import run_lexical
 
-    run_lexical(config, world, request.models, force=request.force)
+    run_lexical(config, world, arguments.models, force=arguments.force)
 
 
-HELD_OUT = Evaluation("evaluation", "Held-out text", "evaluate", kinds.EVALUATION.folder, kinds.EVALUATION.made_by)
-LEXICAL = Evaluation("lexical", "Words and senses", "lexical knowledge", kinds.LEXICAL.folder, kinds.LEXICAL.made_by)
+HELD_OUT = Evaluation(
+    "evaluation",
+    "Held-out text",
+    "evaluate",
+    kinds.EVALUATION.folder,
+    kinds.EVALUATION.made_by,
+    kinds.EVALUATION,
+    card_sections.HELD_OUT,
+)
+LEXICAL = Evaluation(
+    "lexical",
+    "Words and senses",
+    "lexical knowledge",
+    kinds.LEXICAL.folder,
+    kinds.LEXICAL.made_by,
+    kinds.LEXICAL,
+    card_sections.LEXICAL,
+)
 BENCHMARKS: dict[str, Evaluation] = {
-    name: Evaluation(name, "Benchmarks", name, f"{kinds.TASK.folder}/{name}", f"{kinds.TASK.made_by} {name}")
+    name: Evaluation(
+        name,
+        "Benchmarks",
+        name,
+        f"{kinds.TASK.folder}/{name}",
+        f"{kinds.TASK.made_by} {name}",
+        kinds.TASK,
+        card_sections.of_benchmark(name),
+    )
     for name in TASKS
 }
 PROGRAMS = (

@@ -15,8 +15,8 @@ _LARGEST_SEARCH = 5 * 10**8  # elements of a dictionary that is searched for nei
 
 
 def describe_examples(config: Config, count: int = 3) -> str:
-    """Returns the senses of `count` words as text: of words with synonyms and antonyms, those with most senses and, of
-    these, with most states.
+    """Returns the senses of `count` words as text: of words with synonyms and antonyms, ordered by number of senses,
+    then of states.
 
     Returns an empty text if there is no such word. Raises a UserError without a dictionary or the teacher.
     """
@@ -33,15 +33,15 @@ def describe_examples(config: Config, count: int = 3) -> str:
             continue
     if not reports:
         return ""
-    lines = ["Senses of the words with synonyms and antonyms that have most (`dskd inspect word WORD` shows any word):"]
+    lines = ["Words with the most senses (of those with synonyms and antonyms; `dskd inspect word WORD` shows any):"]
     for report in reports:
         lines += ["", *_lines(report)]
     return "\n".join(lines)
 
 
 def choose_words(dictionary: SenseDictionary, teacher: Teacher, count: int) -> list[str]:
-    """Returns whole words in small letters that are tokens with synonyms and antonyms: those with most senses and, of
-    these, with most states.
+    """Returns whole words in small letters that are tokens with synonyms and antonyms, ordered by number of senses,
+    then of states.
     """
     senses, states = dictionary.senses_per_token, dictionary.states_per_token
     chosen = senses > 0
@@ -60,6 +60,7 @@ def _lines(report: WordReport) -> list[str]:
     lines = [f"{report.word}: {len(senses)} senses, of {sum(sense.count for sense in senses):,} states{shown}"]
     for sense in senses[:_SENSES]:
         near = ", ".join(f"{name}{f' ({relation})' if relation else ''}" for name, _, relation in sense.neighbours)
-        lines.append(f"  {sense.count:,} states{f'; near {near}' if near else ''}")
+        states = f"{sense.count:,} state{'s' * (sense.count != 1)}"
+        lines.append(f"  {states}{f'; near {near}' if near else ''}")
         lines += [f"    {context}" for context in sense.contexts]
     return lines

@@ -135,7 +135,7 @@ def _written_texts(config: Config) -> WrittenTexts | None:
     if config.corpus.source != "teacher":
         return None
     written = read_manifest(config.path(kinds.WRITTEN.folder), "written")
-    corpus = read_manifest(config.path(kinds.CORPUS.folder), "corpus")
+    corpus = read_manifest(config.path(kinds.CORPUS.folder), kinds.CORPUS.name)
     if "senses" not in corpus.facts:
         raise UserError(
             f"{config.path(kinds.CORPUS.folder)}: this corpus has another source; make it again with "

@@ -130,7 +130,7 @@ def write_relations(path: Path, relations: list[Relation]) -> None:
 
 def lexicon_manifest(config: Config) -> Manifest:
     """Reads the manifest of `WORKDIR/lexicon`. Raises a UserError when there is no lexicon, or it is damaged."""
-    return read_manifest(config.path(kinds.LEXICON.folder), "lexicon")
+    return read_manifest(config.path(kinds.LEXICON.folder), kinds.LEXICON.name)
 
 
 def read_relations(config: Config, **options: Any) -> pa.Table:

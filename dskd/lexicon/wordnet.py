@@ -58,7 +58,7 @@ class WordNet:
 
 @functools.cache  # nltk parses a synset when it is first read; the stages of one process share that work
 def open_wordnet(path: str | None = None, *, other_languages: bool = False) -> WordNet:
-    """Opens the first WordNet in the module's order of places; only `path`, the config's `wordnet.path`, if it is set.
+    """Opens the first WordNet in the module's order of places. If `path` is set (`wordnet.path`), tries only that.
 
     `other_languages` tries to download Princeton's WordNet 3.0 from nltk even if the cache has a copy of another one.
 

@@ -23,6 +23,8 @@ class Term:
     kind: Literal["term", "part", "indicator"] = "term"
     needs: str | None = None  # key of `loss`; not computed if it is 0. None: always computed, as CE is with ce_weight 0
     sense_form: str | None = None  # only computed with this `loss.sense_form`
+    weight: str | None = None  # of a term: the key of `loss` with its weight
+    formula: str = ""  # of a term, for model cards: what is weighted, with keys of `loss` in braces
 
     @property
     def metric(self) -> str:
@@ -37,10 +39,31 @@ class Term:
 
 # In the order in which they are shown.
 TERMS = (
-    Term("ce", "targets", "cross-entropy (nats)"),
-    Term("kl", "targets", "divergence from the teacher (nats)", needs="kd_weight"),
-    Term("sense", "senses", "sense loss", needs="sense_weight"),
-    Term("hidden", "targets", "hidden-state distance", needs="hidden_weight"),
+    Term("ce", "targets", "cross-entropy (nats)", weight="ce_weight", formula="cross-entropy with the next token"),
+    Term(
+        "kl",
+        "targets",
+        "divergence from the teacher (nats)",
+        needs="kd_weight",
+        weight="kd_weight",
+        formula="T² × {divergence}, T = {temperature:g}",
+    ),
+    Term(
+        "sense",
+        "senses",
+        "sense loss",
+        needs="sense_weight",
+        weight="sense_weight",
+        formula="sense loss (form: {sense_form})",
+    ),
+    Term(
+        "hidden",
+        "targets",
+        "hidden-state distance",
+        needs="hidden_weight",
+        weight="hidden_weight",
+        formula="squared distance to the teacher's last hidden state, per dimension",
+    ),
     Term("sense_synonym", "relations", "sense synonym", "part", "sense_weight", "distance"),
     Term("sense_antonym", "relations", "sense antonym", "part", "sense_weight", "distance"),
     Term("sense_own", "own", "sense own", "part", "sense_weight", "distance"),

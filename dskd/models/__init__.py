@@ -2,6 +2,7 @@
 
 folder          a model's folder on disk or on the hub: finding it, checking it, and its digest
 digests         the digests of a model's files, each hashed once
+smollm2         fetches the quickstart's teacher
 gguf/           converts a GGUF file into the teacher's folder
 model_config    reads a folder's config.json for the installed transformers, or refuses it
 weights         the tensors in a folder's safetensors files

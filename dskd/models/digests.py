@@ -34,7 +34,7 @@ def gguf_digest(config: Config) -> str:
         return hashes_of([path], cache=digest_cache(config, "teacher"))[path]
     folder = config.path(kinds.TEACHER.folder)
     if (folder / MANIFEST_NAME).is_file():
-        manifest = read_manifest(folder, "teacher")
+        manifest = read_manifest(folder, kinds.TEACHER.name)
         if manifest.facts.get("file") == path.name:
             return manifest.inputs["gguf"]
     raise UserError(

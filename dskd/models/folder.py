@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.artifacts import kinds
-from dskd.artifacts.hashing import MANIFEST_NAME, MODEL_CARD_NAME, digest_of_json
+from dskd.artifacts.hashing import MANIFEST_NAME, digest_of_json
 from dskd.artifacts.manifest import read_manifest
 from dskd.artifacts.pointers import refuse_pointer
 from dskd.config import Config
@@ -40,8 +40,16 @@ BAD_CONFIG = (
 )
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *_SENTENCEPIECE_FILES)
+# The config of an adapter, which the folder of a merged model may still have. It is never copied: the adapter's weights
+# are not in the folder, and transformers would load the model that the adapter was made for instead of this one.
+ADAPTER_CONFIG = "adapter_config.json"
 CONFIG_AND_TOKENIZER = ("*.json", "*.model", "*.txt", "*.jinja")
-_LICENCES = (MODEL_CARD_NAME, "LICEN[CS]E*", "NOTICE*", "Notice*", "USE_POLICY*")  # exports name or copy them
+MODEL_CARD_NAME = "README.md"
+# Patterns of the files that copies of a model have to come with, in capital and small letters.
+LICENCE_FILES = tuple(
+    "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else letter for letter in name) + "*"
+    for name in ("license", "licence", "notice", "copying", "use_policy")
+)
 # The files that a tokenizer is loaded from, with its special tokens and its chat template.
 _FILES_OF_TOKENIZERS = (
     "tokenizer*.json",
@@ -144,7 +152,13 @@ def _find_model(
 ) -> ModelFolder:
     """Returns the folder of the model that the section's `path` names; the same errors as :func:`find_teacher`."""
     key = f"{section}.path"
-    patterns = (*CONFIG_AND_TOKENIZER, *_LICENCES, "*.safetensors", *(["*.py"] * trust_remote_code))
+    patterns = (
+        *CONFIG_AND_TOKENIZER,
+        MODEL_CARD_NAME,
+        *LICENCE_FILES,
+        "*.safetensors",
+        *(["*.py"] * trust_remote_code),
+    )
     folder = _local_or_hub(key, path, revision, patterns)
     check_model_folder(folder, named_by=key, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, named_by=key, trust_remote_code=trust_remote_code)
@@ -163,7 +177,7 @@ def _find_made_teacher(config: Config) -> ModelFolder:
     folder, is_gguf = config.path(kinds.TEACHER.folder), config.teacher.is_gguf
     if is_gguf and not (folder / MANIFEST_NAME).exists():  # making it would meet a wrong path
         require_gguf_file(gguf_path(config))
-    manifest = read_manifest(folder, "teacher")
+    manifest = read_manifest(folder, kinds.TEACHER.name)
     digest = manifest.inputs.get("gguf")
     if digest != (gguf_digest(config) if is_gguf else None):
         made_from = "another model" if digest is None else f"the GGUF file {manifest.facts.get('file')}"
@@ -204,7 +218,7 @@ def tokenizer_files_digest(config: Config) -> str:
     assert named is not None, "called only if teacher.tokenizer is set"
     folder = config.path(kinds.TEACHER.folder)
     if not Path(named).expanduser().is_dir() and (folder / MANIFEST_NAME).is_file():
-        manifest = read_manifest(folder, "teacher")
+        manifest = read_manifest(folder, kinds.TEACHER.name)
         if manifest.config.get("tokenizer") == named and "tokenizer" in manifest.inputs:
             return manifest.inputs["tokenizer"]
     found = find_tokenizer_folder(named)
@@ -227,10 +241,8 @@ def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool =
         hint = f" (there is {others[0]}: convert it, dskd does not read pickles)" if others else ""
         if named_by == "teacher.path" and (files := sorted(folder.glob("*.gguf"))):
             hint = f" (there is {files[0].name}: name that file, teacher.path: {files[0]})"
-        if (folder / "adapter_config.json").is_file():
-            hint = (
-                " (there is adapter_config.json: this is a LoRA adapter; merge it into its base model, and save that)"
-            )
+        if (folder / ADAPTER_CONFIG).is_file():
+            hint = f" (there is {ADAPTER_CONFIG}: this is a LoRA adapter; merge it into its base model, and save that)"
         problems.append(f"there are no weights: neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX}{hint}")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         problems.append(f"there is no tokenizer: neither {' nor '.join(_TOKENIZER_FILES)}")

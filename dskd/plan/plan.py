@@ -139,7 +139,7 @@ def _shards(config: Config) -> Manifest | None:
     folder = config.path(kinds.SHARDS.folder, "train")
     if not Path(folder, "manifest.json").is_file():
         return None
-    return read_manifest(folder, "shards", files_are_here=False)
+    return read_manifest(folder, kinds.SHARDS.name, files_are_here=False)
 
 
 def _are_current(shards: Manifest, config: Config, to_store: StoredStates | None) -> bool:

@@ -90,7 +90,7 @@ def _written_texts(config: Config) -> int | None:
     folder, corpus = config.path(kinds.WRITTEN.folder), config.corpus.as_dict()
     if not (folder / MANIFEST_NAME).is_file():
         return None
-    manifest = read_manifest(folder, "written", files_are_here=False)
+    manifest = read_manifest(folder, kinds.WRITTEN.name, files_are_here=False)
     are_these = all(manifest.config.get(key) == corpus[key] for key in KEYS_OF_TEXTS)
     return int(manifest.facts["texts"]) if are_these else None
 

@@ -5,6 +5,7 @@ csr         lists of different lengths in one tensor, such as the rows of each e
 states      the teacher's states for a batch, checked to be finite
 gather      runs the teacher and sends each state to the rank that owns its token
 reservoir   a random sample of each token's states, in bounded memory
+distances   squared distances in batches
 kmeans      k-means for thousands of tokens at once
 cluster     turns sampled states into sense embeddings
 spans       composes spans of two and three tokens from their tokens' senses

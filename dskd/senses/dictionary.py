@@ -99,7 +99,7 @@ def load_dictionary(config: Config) -> tuple[SenseDictionary, Manifest]:
     """
     folder = dictionary_folder(config)
     made_by = kinds.SENSES.made_by if config.senses.path is None else "dskd senses merge …, or remove senses.path"
-    manifest = read_manifest(folder, "senses", made_by=made_by)
+    manifest = read_manifest(folder, kinds.SENSES.name, made_by=made_by)
     return read_dictionary(folder / FILE), manifest
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from dskd.random_numbers import uniform
+from dskd.senses.distances import squared_distances
 
 _GROUP_ELEMENTS = {"cpu": 8_000_000, "cuda": 512_000_000}  # floats in the points of one group: 32 MB, 2 GB
 
@@ -109,14 +110,14 @@ def _greedy_seeding(
     # centre so far.
     first = _draw(weights, uniform(seed, keys, restart, 0, 0).unsqueeze(-1)).squeeze(-1)
     centers = [points[group, first]]
-    closest = _squared_distances(points, norms, centers[0].unsqueeze(1)).squeeze(-1) * weights
+    closest = squared_distances(points, norms, centers[0].unsqueeze(1)).squeeze(-1) * weights
     # Each further centre: draw candidates with probability proportional to `closest`, and take the candidate that
     # leaves the least inertia.
     for number in range(1, num_clusters):
         draws = uniform(seed, keys.unsqueeze(-1), restart, number, trials)
         candidates = _draw(closest, draws)  # [G, trials]
         proposed = points[group.unsqueeze(-1), candidates]
-        distances = _squared_distances(points, norms, proposed)  # [G, N, trials]
+        distances = squared_distances(points, norms, proposed)  # [G, N, trials]
         after = torch.minimum(distances * weights.unsqueeze(-1), closest.unsqueeze(-1))
         winner = after.sum(1).argmin(-1)
         centers.append(proposed[group, winner])
@@ -144,7 +145,7 @@ def _lloyd(points: torch.Tensor, weights: torch.Tensor, centers: torch.Tensor, m
     # Only `active` tokens are computed: those with an assignment that changed in the iteration before.
     active = torch.arange(len(points), device=points.device)
     for _ in range(max_iterations):
-        distances, labels = _squared_distances(points[active], norms[active], centers[active]).min(-1)
+        distances, labels = squared_distances(points[active], norms[active], centers[active]).min(-1)
         moved = ((labels != previous[active]) & mask[active]).any(-1)
         previous[active] = labels
         active, labels, distances = active[moved], labels[moved], distances[moved]
@@ -156,7 +157,7 @@ def _lloyd(points: torch.Tensor, weights: torch.Tensor, centers: torch.Tensor, m
         means = torch.bmm(members.transpose(1, 2), points[active]) / sizes.clamp(min=1e-30).unsqueeze(-1)
         centers[active] = _refill(means, sizes, points[active], distances * weights[active])
     # Assign all points to the final centres. Counts are summed in double precision, because float32 rounds large sums.
-    distances, labels = _squared_distances(points, norms, centers).min(-1)
+    distances, labels = squared_distances(points, norms, centers).min(-1)
     counts = _members(labels, weights, num_clusters).double().sum(1).round().long()
     return Clusters(centers, counts, (distances * weights).sum(-1))
 
@@ -185,9 +186,3 @@ def _members(labels: torch.Tensor, weights: torch.Tensor, num_clusters: int) -> 
     """
     members = torch.zeros(*labels.shape, num_clusters, device=labels.device)
     return members.scatter_(-1, labels.unsqueeze(-1), weights.unsqueeze(-1))
-
-
-def _squared_distances(points: torch.Tensor, norms: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
-    """Computes |x - c|² [G, N, K] of points [G, N, D], with their squared norms [G, N], and centers [G, K, D]."""
-    products = torch.bmm(points, centers.transpose(1, 2))
-    return (norms.unsqueeze(-1) - 2 * products + centers.square().sum(-1).unsqueeze(1)).clamp(min=0)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from dskd.artifacts import kinds
 from dskd.artifacts.building import Building, build_artifact
 from dskd.artifacts.manifest import Manifest, Recipe, read_manifest, verify_files
 from dskd.config import Config
@@ -67,7 +68,7 @@ def merge_dictionaries(config: Config, folders: Sequence[Path], output: Path) ->
 
 def _is_dictionary(folder: Path) -> bool:
     try:
-        read_manifest(folder, "senses")
+        read_manifest(folder, kinds.SENSES.name)
     except UserError:
         return False
     return True
@@ -78,7 +79,7 @@ def _open_all(folders: Sequence[Path], teacher: ModelFolder) -> list[tuple[Sense
     opened, problems = [], []
     for folder in folders:
         try:
-            manifest = read_manifest(folder, "senses")
+            manifest = read_manifest(folder, kinds.SENSES.name)
             dictionary = read_dictionary(folder / FILE)
             require_fitting(dictionary, manifest, teacher, hidden_size)
             verify_files(folder, manifest)

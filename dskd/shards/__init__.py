@@ -8,6 +8,7 @@ opening          opens the dataset, from the work directory or a remote copy
 dataset          the dataset class: mosaicml-streaming's, with sample ids added to the samples
 batches          collates samples into batches of tokens, and reads the rows that they point to
 annotate         the stage: finds the rows of the dictionary for each position
+recipe           what annotation reads, and what its shards depend on
 stored_states    the teacher's states as columns of the samples
 text_reader      lets the teacher read batches of text
 search           finds the rows nearest to the teacher's states

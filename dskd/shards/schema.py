@@ -117,7 +117,7 @@ def load_manifest(config: Config, split: str) -> Manifest:
         UserError: when the shards are missing or damaged.
     """
     here = config.train.shard_remote is None
-    return read_manifest(config.path(kinds.SHARDS.folder, split), "shards", files_are_here=here)
+    return read_manifest(config.path(kinds.SHARDS.folder, split), kinds.SHARDS.name, files_are_here=here)
 
 
 def require_fitting(

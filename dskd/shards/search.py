@@ -13,6 +13,7 @@ import torch
 
 from dskd.senses.csr import Csr, offsets_of, padded_ranges, ranges
 from dskd.senses.dictionary import SenseDictionary
+from dskd.senses.distances import squared_distances
 
 _TILE = 16  # maximum number of positions of one token in a product, which fetches the token's rows once for all of them
 _ELEMENTS = {"cpu": 8_000_000, "cuda": 128_000_000}  # floats of candidate rows in one product: 32 MB, 512 MB
@@ -175,7 +176,8 @@ def nearest_rows(
             competing = candidates.values[places]
             places, is_position = padded_ranges(tiles.starts[part], tiles.sizes[part], height)
             positions = tiles.order[places]
-            squares = _squared_distances(states[positions], rows.take(competing))
+            chosen = states[positions]
+            squares = squared_distances(chosen, chosen.square().sum(-1), rows.take(competing))
             # Candidates are in ascending order, so a stable sort puts the lower row first in a tie.
             ordered, order = squares.masked_fill(~exists.unsqueeze(1), torch.inf).sort(dim=-1, stable=True)
             count = min(kappa, width)
@@ -205,14 +207,6 @@ def _row_use(candidates: tuple[Csr, ...], frequencies: torch.Tensor, num_rows: i
     for lists in candidates:
         use.index_add_(0, lists.values, frequencies.repeat_interleave(lists.sizes))
     return use
-
-
-def _squared_distances(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Computes |t - s|² [g, P, C] of states [g, P, D] and rows [g, C, D]."""
-    # |t|² - 2 t·s + |s|² needs one batched product, and no difference of shape [g, P, C, D].
-    products = torch.bmm(states, rows.transpose(1, 2))
-    squares = states.square().sum(-1, keepdim=True) - 2 * products + rows.square().sum(-1).unsqueeze(1)
-    return squares.clamp(min=0)
 
 
 def _power_of_two(values: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The chat template and the generation config of the student: copies of those of the model that it is made from.
 
-They change no weight, so they are not in the student's recipe, and the training of a student outlives a change of them.
+They change no weight and are not in the student's recipe, so changing them does not invalidate a student's training.
 """
 
 import json
@@ -38,7 +38,7 @@ def warn_of_old_copies(config: Config, teacher: ModelFolder) -> None:
     """Warns if the student's copies are no longer those of its source. Does nothing if the source is gone."""
     source = teacher.path
     if config.student.origin == "path":  # the folder it was copied from, so that no model is searched or hashed
-        source = Path(read_manifest(config.path(kinds.STUDENT.folder), "student").facts["folder"])
+        source = Path(read_manifest(config.path(kinds.STUDENT.folder), kinds.STUDENT.name).facts["folder"])
     if source.is_dir() and (changed := changed_copies(config, source)):
         _warn(config, source, changed)
 
@@ -94,8 +94,8 @@ def _has_training(config: Config) -> bool:
     if not any(config.path(kinds.CHECKPOINT.folder).glob("*/step-*")):
         return False
     try:
-        shards = read_manifest(config.path(kinds.SHARDS.folder, "train"), "shards", files_are_here=False)
-        sequences = read_manifest(config.path(kinds.SEQUENCES.folder), "sequences")
+        shards = read_manifest(config.path(kinds.SHARDS.folder, "train"), kinds.SHARDS.name, files_are_here=False)
+        sequences = read_manifest(config.path(kinds.SEQUENCES.folder), kinds.SEQUENCES.name)
     except UserError:
         return True
     return shards.inputs.get("sequences") == sequences.digest

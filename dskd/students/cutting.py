@@ -19,7 +19,7 @@ from dskd.console import say, stage
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
-from dskd.models.folder import CONFIG_AND_TOKENIZER, ModelFolder, attention_key, find_teacher
+from dskd.models.folder import ADAPTER_CONFIG, CONFIG_AND_TOKENIZER, ModelFolder, attention_key
 from dskd.models.layers import check_kinds
 from dskd.models.loading import load_with_transformers
 from dskd.models.precision import resolve_precision
@@ -29,7 +29,7 @@ from dskd.students.measuring import measure_importance
 from dskd.students.pruned_teacher import can_be_compared, compare_with_pruned_teacher
 from dskd.students.spacing import as_text, choose_layers, num_removed_layers, settings_of
 
-_NOT_COPIED = ("config.json", WEIGHTS_INDEX, "manifest.json", "adapter_config.json", "hf_quant_config.json")
+_NOT_COPIED = ("config.json", WEIGHTS_INDEX, "manifest.json", ADAPTER_CONFIG, "hf_quant_config.json")
 _LOADED_ELEMENTS = 2**30  # a student with at most this many parameters is loaded as a test
 
 
@@ -43,18 +43,17 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     """
     settings, inputs = settings_of(config.student), {}
     if config.student.is_measured:
-        inputs["sequences"] = read_manifest(config.path(kinds.SEQUENCES.folder), "sequences").digest
+        inputs["sequences"] = read_manifest(config.path(kinds.SEQUENCES.folder), kinds.SEQUENCES.name).digest
         settings |= {"seed": config.seed, "precision": resolve_precision(config.precision)}
     return Recipe("student", inputs, settings, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest)
 
 
-def build_cut_student(config: Config) -> None:
+def build_cut_student(config: Config, teacher: ModelFolder) -> None:
     """Cuts the student and writes `WORKDIR/student`.
 
     Raises:
         UserError: when the teacher is refused, or no student can be made of the chosen layers.
     """
-    teacher = find_teacher(config)
     target = config.path(kinds.STUDENT.folder)
     with stage("student: cut from the teacher", reads=[teacher.path], writes=target):
         values, full = teacher.config_values(), teacher.load_config()
@@ -80,11 +79,7 @@ def build_cut_student(config: Config) -> None:
 
 
 def copy_other_files(source: ModelFolder, target: Path) -> None:
-    """Copies a model's tokenizer, its generation config and, if `trust_remote_code` allows it, the model's own code.
-
-    An adapter's config in the folder of a merged model is not copied: loading the student would then look for the
-    adapter's base model.
-    """
+    """Copies a model's tokenizer, its generation config and, if `trust_remote_code` allows it, the model's own code."""
     for pattern in (*CONFIG_AND_TOKENIZER, *(["*.py"] if source.trust_remote_code else [])):
         for file in source.path.glob(pattern):
             if file.name not in _NOT_COPIED:
@@ -106,7 +101,10 @@ def check_student(student: ModelFolder, teacher: ModelFolder, layers: list[int])
     reader = TensorReader(student.path)
     check_stored_tensors(empty_model(student), reader, student)
     if not can_be_compared(teacher):
-        say("  the teacher is too large to run both; their settings, shapes and tensors were compared")
+        say(
+            "  the teacher is too large to run next to the student here, so only settings, shapes and tensors were "
+            "compared"
+        )
         load_if_small(student)
         return
     compare_with_pruned_teacher(teacher, _load(student, torch.float32), layers)

@@ -10,7 +10,7 @@ from dskd.artifacts.files import report_full_disk
 from dskd.artifacts.manifest import Recipe
 from dskd.config import Config, NewStudentConfig
 from dskd.console import say, stage
-from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.folder import ModelFolder
 from dskd.models.limits import position_limit, vocabulary_size
 from dskd.models.room import require_room
 from dskd.random_numbers import derived_seed
@@ -25,7 +25,7 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     return Recipe("student", {}, settings, teacher.digest, teacher.tokenizer_digest)
 
 
-def build_new_student(config: Config) -> None:
+def build_new_student(config: Config, teacher: ModelFolder) -> None:
     """Writes a student with random weights to `WORKDIR/student`.
 
     Raises:
@@ -33,7 +33,6 @@ def build_new_student(config: Config) -> None:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    teacher = find_teacher(config)
     target = config.path(kinds.STUDENT.folder)
     with stage("student: random weights", reads=[teacher.path], writes=target):
         values = _values_for(config, teacher)

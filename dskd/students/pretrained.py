@@ -12,7 +12,7 @@ from dskd.console import say, stage
 from dskd.errors import UserError
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
-from dskd.models.folder import ModelFolder, attention_key, find_pretrained_student, find_teacher
+from dskd.models.folder import ModelFolder, attention_key, find_pretrained_student
 from dskd.models.limits import vocabulary_size
 from dskd.models.stored_names import check_stored_tensors
 from dskd.models.trained import choose_trained
@@ -28,14 +28,14 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     return Recipe("student", inputs, {"origin": "path"}, teacher.digest, teacher.tokenizer_digest)
 
 
-def build_pretrained_student(config: Config) -> None:
+def build_pretrained_student(config: Config, teacher: ModelFolder) -> None:
     """Copies the model that `student.path` names to `WORKDIR/student`.
 
     Raises:
         UserError: when the model is refused, its tokenizer is not the teacher's, or it lacks layers that are to be
             trained.
     """
-    teacher, source = find_teacher(config), find_pretrained_student(config)
+    source = find_pretrained_student(config)
     target = config.path(kinds.STUDENT.folder)
     with stage("student: a pretrained model", reads=[source.path], writes=target):
         reader = TensorReader(source.path)

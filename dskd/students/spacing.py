@@ -134,7 +134,7 @@ def chosen_layers(config: Config, num_layers: int, *, teacher: str | None = None
     if not config.student.is_measured:
         return choose_layers(config.student, num_layers)
     require_removable(config.student, num_layers)
-    manifest = read_manifest(config.path(kinds.STUDENT.folder), "student")
+    manifest = read_manifest(config.path(kinds.STUDENT.folder), kinds.STUDENT.name)
     return choose_layers(config.student, num_layers, _measured(config, manifest, num_layers, teacher))
 
 
@@ -146,7 +146,7 @@ def require_chosen_layers(config: Config, teacher: ModelFolder, student: ModelFo
     Raises:
         UserError: if it has others, or the teacher has no such layers; it names both, and the command that cuts again.
     """
-    manifest = read_manifest(student.path, "student")
+    manifest = read_manifest(student.path, kinds.STUDENT.name)
     if manifest.teacher != teacher.digest:
         return
     found, num_layers = list(manifest.facts["layers"]), teacher.load_config().num_hidden_layers

@@ -10,7 +10,7 @@ from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, Recipe, read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder, find_pretrained_student, load_tokenizer, tokenizer_digest
+from dskd.models.folder import ModelFolder, find_pretrained_student, find_teacher, load_tokenizer, tokenizer_digest
 from dskd.students import cutting, new, pretrained
 from dskd.students.spacing import require_chosen_layers
 
@@ -36,18 +36,19 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     return new.recipe(config, teacher)
 
 
-def build_student(config: Config) -> None:
-    """Writes `WORKDIR/student`.
+def build_student(config: Config, teacher: ModelFolder | None = None) -> None:
+    """Writes `WORKDIR/student`; `teacher` is the config's, if it has already been found.
 
     Raises:
         UserError: when the teacher or the student is refused.
     """
+    teacher = teacher or find_teacher(config)
     if config.student.origin == "cut":
-        cutting.build_cut_student(config)
+        cutting.build_cut_student(config, teacher)
     elif config.student.origin == "path":
-        pretrained.build_pretrained_student(config)
+        pretrained.build_pretrained_student(config, teacher)
     else:
-        new.build_new_student(config)
+        new.build_new_student(config, teacher)
 
 
 def find_student(config: Config) -> ModelFolder:
@@ -56,7 +57,7 @@ def find_student(config: Config) -> ModelFolder:
     Raises:
         UserError: when it is missing or damaged.
     """
-    student, _ = open_made_model(config, config.path(kinds.STUDENT.folder), "student")
+    student, _ = open_made_model(config, config.path(kinds.STUDENT.folder), kinds.STUDENT.name)
     return student
 
 
@@ -87,7 +88,7 @@ def require_configured_student(config: Config, teacher: ModelFolder, student: Mo
     Raises:
         UserError: if it is another; it names both, and the command that makes the student again.
     """
-    manifest = read_manifest(student.path, "student")
+    manifest = read_manifest(student.path, kinds.STUDENT.name)
     made, chosen = origin_of(manifest), config.student.origin
     again = f"make it again with `{kinds.STUDENT.made_by}`"
     if made != chosen:

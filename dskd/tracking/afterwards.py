@@ -7,7 +7,7 @@ from dskd.artifacts import kinds
 from dskd.artifacts.lock import lock_if_free
 from dskd.config import Config
 from dskd.console import gigabytes, say, warn
-from dskd.tracking.client import first_line
+from dskd.tracking.client import first_line_without_secrets
 from dskd.tracking.delivery import Delivery
 from dskd.tracking.outbox import Message, Outbox
 from dskd.tracking.registered_model import size_bytes
@@ -83,7 +83,8 @@ def _send(config: Config, run: str, run_id: str, *messages: Message) -> None:
                 delivery.deliver(batch)
             except Exception as error:  # mlflow raises its own, sqlalchemy's and requests' errors
                 warn(
-                    f"MLflow cannot be reached ({first_line(error)}); {len(outbox)} messages about run {run!r} are "
+                    f"MLflow cannot be reached ({first_line_without_secrets(error)}); {len(outbox)} messages "
+                    f"about run {run!r} are "
                     f"kept in {outbox.file}; training, exporting or evaluating the run again sends them"
                 )
                 break
@@ -96,7 +97,7 @@ def _send_at_once(delivery: Delivery, run: str, messages: Sequence[Message]) -> 
         try:
             delivery.deliver([message])
         except Exception as error:
-            warn(f"MLflow did not accept {message['kind']} of run {run!r} ({first_line(error)})")
+            warn(f"MLflow did not accept {message['kind']} of run {run!r} ({first_line_without_secrets(error)})")
 
 
 def _inside(config: Config, path: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.config import Config
-from dskd.errors import OutageError, UserError
+from dskd.errors import OutageError, UserError, first_line
 from dskd.tracking.database import (
     artifacts_folder,
     correct_addresses,
@@ -121,9 +121,9 @@ def cause_of(error: BaseException) -> str:
         if isinstance(at, OSError) and at.strerror:
             return at.strerror
         at = at.__cause__ or at.__context__
-    return first_line(error)
+    return first_line_without_secrets(error)
 
 
-def first_line(error: BaseException) -> str:
+def first_line_without_secrets(error: BaseException) -> str:
     """Returns the first line of an error's message, without secrets."""
-    return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
+    return without_secrets(first_line(error))[:300]

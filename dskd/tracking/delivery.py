@@ -26,7 +26,7 @@ from typing import Any
 
 from dskd.config import Config
 from dskd.console import warn
-from dskd.tracking.client import connect, first_line, is_refusal
+from dskd.tracking.client import connect, first_line_without_secrets, is_refusal
 from dskd.tracking.datasets import log_datasets
 from dskd.tracking.outbox import Message
 from dskd.tracking.registered_model import log_model
@@ -60,7 +60,8 @@ class Delivery:
             if not is_refusal(error):
                 raise
             warn(
-                f"MLflow refused {first['kind']} of run {first['run_id']} ({first_line(error)}); the message is dropped"
+                f"MLflow refused {first['kind']} of run {first['run_id']} "
+                f"({first_line_without_secrets(error)}); the message is dropped"
             )
 
     def _deliver(self, first: Message, more: list[Message]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dskd.console import warn
-from dskd.tracking.client import first_line, load_mlflow
+from dskd.tracking.client import first_line_without_secrets, load_mlflow
 from dskd.tracking.outbox import Outbox
 
 _FOLDER = "nodes"
@@ -79,7 +79,10 @@ class UsageMonitor:
             self._warn(error)
 
     def _warn(self, error: Exception) -> None:
-        warn(f"{self._node}: the use of its processors and memory is no longer recorded ({first_line(error)})")
+        warn(
+            f"{self._node}: the use of its processors and memory is no longer recorded "
+            f"({first_line_without_secrets(error)})"
+        )
 
 
 def write_usage(folder: Path, node: str, points: Points) -> None:

@@ -21,7 +21,7 @@ from dskd.console import say, warn
 from dskd.distributed.collectives import gather_json, on_main
 from dskd.distributed.world import World, launcher_job
 from dskd.errors import OutageError, UserError
-from dskd.tracking.client import connect, first_line, is_refusal, tracking_uri, without_secrets
+from dskd.tracking.client import connect, first_line_without_secrets, is_refusal, tracking_uri, without_secrets
 from dskd.tracking.context import write_context
 from dskd.tracking.delivery import Delivery
 from dskd.tracking.outbox import Outbox
@@ -211,7 +211,10 @@ class MLflowTracker:
                 self._delivery.deliver(batch)
             except Exception as error:  # mlflow raises its own, sqlalchemy's and requests' errors
                 if not self._is_away:
-                    warn(f"MLflow cannot be reached ({first_line(error)}); training continues and keeps its messages")
+                    warn(
+                        f"MLflow cannot be reached ({first_line_without_secrets(error)}); training continues and keeps "
+                        "its messages"
+                    )
                     self._is_away = True
                 self._ending.wait(_RETRY_AFTER_S)
                 continue
@@ -253,7 +256,8 @@ def _begin(
             # A server that is restarting, or a database that is locked, may work at the next attempt.
             raise (UserError if is_refusal(error) else OutageError)(
                 f"tracking.uri: MLflow at {without_secrets(tracking_uri(config))} cannot be used "
-                f"({first_line(error)}); start its server, correct the URI, or set tracking.enabled=false"
+                f"({first_line_without_secrets(error)}); start its server, correct the URI, or set "
+                "tracking.enabled=false"
             ) from error
         # No server, but a run to resume: take its id from the records and keep all messages.
         run_id = resumable[0]

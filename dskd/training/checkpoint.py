@@ -1,7 +1,6 @@
 """Checkpoints on disk: `WORKDIR/checkpoints/RUN/step-NNNNNNNN/`.
 
-A new checkpoint is written under a hidden name and renamed when it is complete. Then the file `latest` (DeepSpeed's
-name) is replaced to point to it, and only after that are older checkpoints removed.
+This module finds, checks and compares checkpoints; :mod:`dskd.training.checkpoint_writing` writes and loads them.
 
 A checkpoint holds
 - DeepSpeed's own files, from which training resumes;
@@ -12,11 +11,6 @@ It does not hold parameters that are not trained: these are in the student's fol
 
 The data order, the drawn positions and the learning rate are functions of seed and step, so loader, generators and
 schedule have no other state than the step.
-
-Training waits until a checkpoint is written. DeepSpeed's decoupled engine (0.19.8) supports ZeRO-3, but waits for the
-files before the optimizer's next step. It therefore hides less than one step, and everything that needs complete files
-(hashes, the rename, removing older checkpoints) would have to come after that. It also makes `spawn` the start method
-of the loader's workers, moves data in host memory to /dev/shm, and reports success when its writer has died.
 """
 
 import re
@@ -24,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dskd.artifacts import kinds
 from dskd.artifacts.kinds import checkpoint_folder
 from dskd.artifacts.manifest import Manifest, Recipe, is_current, read_manifest, verify_files
 from dskd.config import Config
@@ -97,7 +92,7 @@ def _newest_complete(base: Path, named: str | None, *, verify: bool) -> tuple[Ch
         if step_named is not None and step > step_named:
             continue
         try:
-            manifest = read_manifest(path, "checkpoint")
+            manifest = read_manifest(path, kinds.CHECKPOINT.name)
             _require_facts(path, manifest)
             if verify:
                 verify_files(path, manifest)
@@ -122,7 +117,7 @@ def at_step(config: Config, step: int) -> Checkpoint:
         UserError: if it is missing or damaged.
     """
     path = checkpoint_folder(config) / f"step-{step:08d}"
-    return Checkpoint(path, step, read_manifest(path, "checkpoint"))
+    return Checkpoint(path, step, read_manifest(path, kinds.CHECKPOINT.name))
 
 
 def is_finished(config: Config, recipe: Recipe) -> bool:

@@ -1,4 +1,13 @@
-"""Writes checkpoints, and loads a checkpoint into an engine."""
+"""Writes checkpoints, and loads a checkpoint into an engine.
+
+A new checkpoint is written under a hidden name and renamed when it is complete. Then the file `latest` (DeepSpeed's
+name) is replaced to point to it, and only after that are older checkpoints removed.
+
+Training waits until a checkpoint is written. DeepSpeed's decoupled engine (0.19.8) supports ZeRO-3, but waits for the
+files before the optimizer's next step. It therefore hides less than one step, and everything that needs complete files
+(hashes, the rename, removing older checkpoints) would have to come after that. It also makes `spawn` the start method
+of the loader's workers, moves data in host memory to /dev/shm, and reports success when its writer has died.
+"""
 
 import shutil
 import uuid

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from dskd import shards
+from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, Recipe, read_manifest, verify_files
 from dskd.config import Config
 from dskd.distributed.world import World
@@ -146,7 +147,7 @@ def verify_inputs(config: Config, inputs: TrainingInputs) -> None:
     Files of remote shards are compared later, when they are read. Warns if the student's copies of small files are old.
     """
     verify_files(inputs.vectors_path.parent, inputs.senses)
-    student = read_manifest(inputs.student.path, "student")
+    student = read_manifest(inputs.student.path, kinds.STUDENT.name)
     verify_files(inputs.student.path, student)
     warn_of_old_copies(config, inputs.teacher)
     shards.require_fitting(

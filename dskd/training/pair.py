@@ -187,7 +187,7 @@ def load_pair(
 
 def _depth(config: Config, teacher: ModelFolder, student: ModelFolder, source: TeacherSource) -> tuple[int, list[int]]:
     """Returns the number of layers of the shared trunk, and the indices of the teacher's layers in the student."""
-    manifest = read_manifest(student.path, "student")
+    manifest = read_manifest(student.path, kinds.STUDENT.name)
     kept = manifest.facts.get("layers", [])
     tied = bool(getattr(student.load_config(), "tie_word_embeddings", False))
     try:

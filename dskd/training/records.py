@@ -124,7 +124,7 @@ def metrics_of(step: Step, result: StepResult, loss: LossConfig, elapsed: float)
     }
 
 
-def describe_teacher(config: Config, pair: ModelPair) -> None:
+def report_teacher(config: Config, pair: ModelPair) -> None:
     """Prints what the run reads of the teacher, and which stored states it does not read."""
     say(f"  {pair.describe(config)}")
     if line := pair.source.describe_unread(config):

@@ -30,7 +30,7 @@ from dskd.training.inputs import (
 )
 from dskd.training.loader import load_steps
 from dskd.training.pair import ModelPair, load_pair
-from dskd.training.records import datasets_of, describe_run, describe_teacher, tags_of
+from dskd.training.records import datasets_of, describe_run, report_teacher, tags_of
 from dskd.training.run import Run
 from dskd.training.schedule import Schedule, plan_schedule
 from dskd.training.width_fit import fit_width_map
@@ -116,7 +116,7 @@ def _load_models(
         source=inputs.source,
         load_universal=checkpoint_writing.needs_universal(start, world),
     )
-    describe_teacher(config, pair)
+    report_teacher(config, pair)
     # Check disk space and rehearse the export before a checkpoint changes the student's weights.
     checkpoint_writing.require_space(pair.engine, config)
     rehearse_export(pair, inputs.student, config, world)

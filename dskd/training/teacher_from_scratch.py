@@ -33,7 +33,7 @@ _WARMUP_SHARE = 0.05
 
 def recipe(config: Config) -> Recipe:
     """Returns the recipe of the teacher that is trained from scratch."""
-    documents = read_manifest(config.path(kinds.CORPUS.folder), "corpus")
+    documents = read_manifest(config.path(kinds.CORPUS.folder), kinds.CORPUS.name)
     assert config.teacher.train_from_scratch is not None
     settings = config.teacher.train_from_scratch.as_dict() | {
         "sequence_length": config.corpus.sequence_length,

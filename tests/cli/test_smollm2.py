@@ -11,8 +11,8 @@ import pytest
 from repository import REPOSITORY
 
 from dskd.__main__ import main
-from dskd.cli import smollm2
 from dskd.config.reading import load_config
+from dskd.models import smollm2
 
 CONTENT = b"GGUF" + bytes(range(256))
 

@@ -17,6 +17,7 @@ from scipy import stats
 from tiny_work import NO_RUNS
 
 from dskd.__main__ import main
+from dskd.cli.results import compare_or_explain
 from dskd.compare.choosing import Selection
 from dskd.compare.comparison import make_comparison
 from dskd.compare.mlflow_link import mlflow_link
@@ -26,7 +27,6 @@ from dskd.config.reading import load_config
 from dskd.evaluation.held_out_text import EXAMPLES_FILE, MEASURES
 from dskd.evaluation.scores_by_example import Examples, save_examples
 from dskd.evaluation.table import EVALUATIONS
-from dskd.pipeline import compare_or_explain
 from dskd.tracking import log_results, read_runs
 
 pytestmark = pytest.mark.slow
@@ -335,7 +335,7 @@ def test_runs_are_chosen_by_name_id_experiment_and_tag(tracked):
         ),
         (["--html", ""], "--html '.': that is a folder; name a file"),
         (["--html", "/tmp"], "--html '/tmp': that is a folder; name a file"),
-        (["--tag", "device=cpu", "--tag", "device=cuda"], "--tag device=cuda: --tag device=cpu is given too"),
+        (["--tag", "device=cpu", "--tag", "device=cuda"], "--tag device=cuda contradicts --tag device=cpu"),
         (["--experiment", EXPERIMENT, "--run", "FAR"], "'far' is in experiment 'other', but --experiment names only"),
     ],
 )

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from architectures import save_architecture
+from loaded_models import states_and_logits
 from rank_jobs import held_by_ranks
 from rank_processes import finish, fork_ranks
 from tiny_models import ARCHITECTURES, save_model
@@ -22,10 +23,6 @@ def _config(tmp_path, teacher=None, **sections):
     return Config(workdir=str(tmp_path), teacher=source, precision="fp32", **sections)
 
 
-def _states_and_logits(hidden, head):
-    return hidden, head.logits(hidden)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_frozen_model_computes_what_transformers_does_in_every_mode(tmp_path, world, architecture):
     from dskd.models.folder import find_teacher
@@ -39,7 +36,7 @@ def test_the_frozen_model_computes_what_transformers_does_in_every_mode(tmp_path
         config = _config(tmp_path, {"mode": mode})
         teacher = load_frozen(find_teacher(config), config, world)
         assert (teacher.vocab_size, teacher.hidden_size, teacher.device) == (120, 32, world.device)
-        hidden, logits = results[mode] = teacher.read(IDS, None, _states_and_logits)
+        hidden, logits = results[mode] = teacher.read(IDS, None, states_and_logits)
         torch.testing.assert_close(hidden, output.hidden_states[-1], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(logits, output.logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(teacher.hidden_states(IDS), hidden)
@@ -127,7 +124,7 @@ def test_a_model_that_scales_its_logits_is_read_with_its_scale(tmp_path, world, 
     config = _config(tmp_path, {"mode": mode}, corpus={"sequence_length": 32})
     teacher = load_frozen(find_teacher(config), config, world)
     with torch.no_grad():
-        torch.testing.assert_close(teacher.read(IDS, None, _states_and_logits)[1], model(IDS).logits)
+        torch.testing.assert_close(teacher.read(IDS, None, states_and_logits)[1], model(IDS).logits)
     teacher.close()
 
 

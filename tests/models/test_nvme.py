@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loaded_models import states_and_logits
 from tiny_models import SHAPE, save_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,10 +24,6 @@ IDS = torch.arange(24).view(2, 12)
 
 def _config(tmp_path, **teacher):
     return Config(workdir=str(tmp_path), teacher={"path": str(tmp_path / "teacher"), **teacher}, precision="fp32")
-
-
-def _states_and_logits(hidden, head):
-    return hidden, head.logits(hidden)
 
 
 def _why_not():
@@ -63,7 +60,7 @@ def test_a_model_on_a_local_disk_computes_the_same_and_leaves_nothing_there(tmp_
     (disk / "of another run").mkdir()
     config = _config(tmp_path)
     plain = load_frozen(find_teacher(config), config, world)
-    expected = plain.read(IDS, None, _states_and_logits)
+    expected = plain.read(IDS, None, states_and_logits)
     plain.close()
     config = _config(tmp_path, offload="nvme", nvme_path=str(disk))
     both = [load_frozen(find_teacher(config), config, world) for _ in range(2)]
@@ -71,7 +68,7 @@ def test_a_model_on_a_local_disk_computes_the_same_and_leaves_nothing_there(tmp_
     assert len([file for file in disk.rglob("*.swp")]) == 2 * (4 * 5 + 2)
     for _ in range(3):
         for model in both:
-            for one, other in zip(model.read(IDS, None, _states_and_logits), expected, strict=True):
+            for one, other in zip(model.read(IDS, None, states_and_logits), expected, strict=True):
                 assert torch.equal(one, other)
     for model in both:
         model.close()

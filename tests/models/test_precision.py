@@ -13,7 +13,7 @@ from dskd.models import precision
 from dskd.models.folder import find_teacher
 from dskd.models.precision import compute_dtype, resolve_precision
 from dskd.senses import build as senses
-from dskd.shards import annotate
+from dskd.shards import recipe as shards
 from dskd.training import inputs, teacher_from_scratch, train
 
 
@@ -39,7 +39,7 @@ def _recipes(config):
         "teacher": teacher_from_scratch.recipe(config),
         "states": senses.states_recipe(config, senses.open_inputs(config, teacher)),
         "senses": senses.recipe(config, senses.open_inputs(config, teacher)),
-        "shards": annotate.recipe(config, "train", annotate.open_inputs(config, teacher)),
+        "shards": shards.recipe(config, "train", shards.open_inputs(config, teacher)),
         "checkpoint": inputs.recipe(config),
         "evaluation": held_out_text.recipe(config, candidate, measured_with),
         "task": tasks.recipe(config, candidate, Task, type("Prompter", (), {"format": {}})),

@@ -5,6 +5,7 @@ from pathlib import Path
 import architectures
 import pytest
 import torch
+from packed_documents import IDS, SIZES, STARTS
 from rank_processes import ONE_RANK
 from tiny_models import ARCHITECTURES, SHAPE, save_model
 from torch import nn
@@ -20,11 +21,6 @@ from dskd.models.frozen import Decoder, load_frozen
 from dskd.models.probes import check_documents
 from dskd.models.stored_names import base_model
 from dskd.training.student import load_student
-
-# Two sequences of documents: of 1, 9 and 14 tokens, and of 24 (longer than Mistral's window of 8).
-SIZES = [[1, 9, 14], [24]]
-IDS = (torch.arange(48) * 11 % 117).view(2, 24)
-STARTS = torch.tensor([[1, 1, *[0] * 8, 1, *[0] * 13], [1, *[0] * 23]], dtype=torch.uint8)
 
 
 def _config(tmp_path, **sections):

@@ -27,7 +27,8 @@ from dskd.errors import UserError
 from dskd.models.folder import find_teacher
 from dskd.models.frozen import load_frozen
 from dskd.shards import COLUMNS, TEACHER_COLUMNS, StoredStates, digest_without_states, open_shards
-from dskd.shards.annotate import annotate, open_inputs, recipe
+from dskd.shards.annotate import annotate
+from dskd.shards.recipe import open_inputs, recipe
 from dskd.shards.stored_states import (
     columns_of_states,
     describe_stored,

@@ -116,5 +116,5 @@ def test_a_large_teacher_is_not_loaded_for_the_comparison(tmp_path, monkeypatch,
     save_model(tmp_path / "teacher")
     monkeypatch.setattr(pruned_teacher, "SMALL_BYTES", 1000)
     build_student(_config(tmp_path, (0, 2)))
-    assert "the teacher is too large to run both;" in capsys.readouterr().err
+    assert "the teacher is too large to run next to the student here," in capsys.readouterr().err
     assert json.loads((tmp_path / "work" / "student" / "config.json").read_text())["num_hidden_layers"] == 2

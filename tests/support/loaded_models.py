@@ -80,3 +80,8 @@ def load(folder: Path, world: World, *, mode: str = "zero3", precision: str = "b
         corpus={"packing": "stream", "sequence_length": 32},
     )
     return load_frozen(find_teacher(config), config, world)
+
+
+def states_and_logits(hidden: torch.Tensor, head: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns a model's last hidden states and its logits, for `FrozenModel.read`."""
+    return hidden, head.logits(hidden)

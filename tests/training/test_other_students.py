@@ -30,8 +30,11 @@ from dskd.training.train import train
 
 pytestmark = pytest.mark.slow
 
-# Checkpoints after steps 2 and 3.
-SETTINGS = {**TINY["train"], "steps": 3, "checkpoint_every": 2, "warmup_share": 0.0, "gradient_clipping": 0.5}
+# Checkpoints after steps 2 and 3; on one rank two micro-batches a step.
+SETTINGS = {
+    **TINY["train"],
+    **{"steps": 3, "checkpoint_every": 2, "micro_batch_size": 4, "warmup_share": 0.0, "gradient_clipping": 0.5},
+}
 LOSS = {"kd_weight": 0.8, "temperature": 1.5, "sense_weight": 0.0}
 NEW = {"layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "tie_embeddings": False}
 KEPT = [name for name in BEFORE_TRAINING if name != "student"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from architectures import save_architecture
 from loaded_pairs import load_models
+from packed_documents import IDS, STARTS
 from tiny_models import SHAPE, save_model
 from transformers import (
     GemmaConfig,
@@ -22,9 +23,6 @@ from dskd.models.trunk import TrunkError, trunk_depth
 from dskd.students.student import build_student, find_student
 from dskd.training.teacher_source import TeacherSource
 from dskd.training.trunk_check import run_trunk_once
-
-IDS = (torch.arange(48) * 11 % 117).view(2, 24)
-STARTS = torch.tensor([[1, 1, *[0] * 8, 1, *[0] * 13], [1, *[0] * 23]], dtype=torch.uint8)
 
 
 def _config(folder, **sections):

@@ -58,7 +58,7 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     Words in Context is not in its format, or the threshold's file has the same pairs as the other.
     """
     inputs = {
-        "corpus": read_manifest(config.path(kinds.CORPUS.folder), "corpus").digest,
+        "corpus": read_manifest(config.path(kinds.CORPUS.folder), kinds.CORPUS.name).digest,
         "wordnet": open_wordnet(config.wordnet.path).digest,
     }
     _read_pairs(config)  # so that a file in another format is refused before anything is made

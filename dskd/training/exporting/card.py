@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dskd.artifacts.files import write_text
-from dskd.artifacts.hashing import MODEL_CARD_NAME
+from dskd.losses.terms import TERMS
+from dskd.models.folder import MODEL_CARD_NAME
 from dskd.students.spacing import as_text
 from dskd.training.exporting.licences import obligations
 
@@ -30,8 +31,6 @@ _TEXTS = {
     "tasks": "prompts made of the training splits of benchmarks",
     "teacher": "texts that the teacher wrote",
 }
-
-
 _DIVERGENCES = {
     "forward_kl": "KL(teacher ‖ student)",
     "reverse_kl": "KL(student ‖ teacher)",
@@ -135,7 +134,7 @@ def _head(run: str, card: Mapping[str, Any], results: Sequence[Result]) -> Any:
 
 
 def _plain(text: Any) -> str:
-    """Returns a name from somebody else's file so that Markdown and HTML in it are not read as such."""
+    """Returns a name from somebody else's file with Markdown and HTML escaped."""
     return html.escape(str(text), quote=False).replace("`", "'").replace("|", "\\|").replace("[", "\\[")
 
 
@@ -222,7 +221,7 @@ def _text(text: Mapping[str, Any]) -> str:
         name = f"[{_plain(text['dataset'])}](https://huggingface.co/datasets/{text['dataset']})"
     if "benchmarks" in text:
         name += f" ({', '.join(text['benchmarks'])})"
-    return f"{name}; {text['documents']:,} documents"
+    return f"{name}; a corpus of {text['documents']:,} documents"
 
 
 def _lexicon(lexicon: Mapping[str, Mapping[str, int]]) -> str:
@@ -234,16 +233,12 @@ def _lexicon(lexicon: Mapping[str, Mapping[str, int]]) -> str:
 
 def _loss(loss: Mapping[str, Any]) -> str:
     """Returns the terms of the loss with their weights."""
-    terms = []
-    if loss["ce_weight"]:
-        terms.append(f"{loss['ce_weight']:g} × cross-entropy with the next token")
-    if loss["kd_weight"]:
-        kind, temperature = _DIVERGENCES[loss["divergence"]], loss["temperature"]
-        terms.append(f"{loss['kd_weight']:g} × T² × {kind}, T = {temperature:g}")
-    if loss["sense_weight"]:
-        terms.append(f"{loss['sense_weight']:g} × sense loss (form: {loss['sense_form']})")
-    if loss["hidden_weight"]:
-        terms.append(f"{loss['hidden_weight']:g} × squared distance to the teacher's last hidden state, per dimension")
+    shown = {**loss, "divergence": _DIVERGENCES[loss["divergence"]]}
+    terms = [
+        f"{loss[term.weight]:g} × {term.formula.format_map(shown)}"
+        for term in TERMS
+        if term.weight is not None and loss[term.weight]
+    ]
     weighted = "" if loss["lexical_weight"] == 1 else f"; words with relations weigh {loss['lexical_weight']:g}"
     return f"{' + '.join(terms)}{weighted}"
 

@@ -4,7 +4,8 @@ They are kept in the export's own manifest, so that the card can be written agai
 Nothing here is a path of this machine, or comes from an artifact that was made again after the run was trained.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from dskd.models.digests import digest_cache, digest_of_model
 from dskd.models.folder import ModelFolder, check_model_folder, find_teacher
 from dskd.students.student import origin_of
 from dskd.training.checkpoint import Checkpoint
-from dskd.training.exporting.licences import describe_teacher, is_hub_name, licence_in_card
+from dskd.training.exporting.licences import licence_in_card, one_line
 
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_URL = re.compile(rf"https?://(?:www\.)?huggingface\.co/({_HUB_NAME.pattern})/?")
 _LEXICONS = ("wordnet", "wiktionary", "dict2vec")  # the beginnings of sources that are not the user's own lists
 _TRAINING = ("learning_rate", "global_batch_size", "weight_decay", "gradient_clipping", "warmup_share")
 
 
 def find_source_teacher(config: Config, source: Checkpoint) -> ModelFolder | None:
-    """Returns the teacher that a checkpoint was trained with; None, with a warning, if it is not on this machine.
+    """Returns the teacher that a checkpoint was trained with; None, with a warning, if it is not on
+    this machine.
 
     An export needs no weights of the teacher, so nothing is fetched from the hub for it.
     """
@@ -37,7 +41,10 @@ def find_source_teacher(config: Config, source: Checkpoint) -> ModelFolder | Non
         if teacher.digest == source.manifest.teacher:
             return teacher
         reason = f"{teacher.path} is another model than the one that run {config.run!r} was trained with"
-    warn(f"the model card does not name the teacher and its licence, because the teacher is not here: {reason}")
+    warn(
+        f"{config.path(kinds.EXPORT.folder, config.run)}: the model card will not name the teacher or its licence: "
+        f"{reason}. To add them, put the teacher back, remove the folder and export again"
+    )
     return None
 
 
@@ -56,13 +63,15 @@ def _on_this_machine(config: Config) -> ModelFolder:
     return ModelFolder(folder, digest, "", named.trust_remote_code)
 
 
-def collect_facts(config: Config, source: Checkpoint, student: ModelFolder, teacher: ModelFolder | None) -> dict:
+def collect_facts(
+    config: Config, source: Checkpoint, student: ModelFolder, teacher: ModelFolder | None
+) -> dict[str, Any]:
     """Returns the facts about the model of a checkpoint, as JSON values; what is not known is left out.
 
     | key | meaning |
     |---|---|
-    | `teacher` | see :func:`dskd.training.exporting.licences.describe_teacher` |
-    | `student` | `digest`, `origin`, its `layers`, `has_chat_template`; of a pretrained model its `name` and licence |
+    | `teacher` | see :func:`describe_teacher` |
+    | `student` | `digest`, `origin`, `num_layers`, `has_chat_template`; `layers`, or `name` and licence of its model |
     | `text` | `source`, number of `documents`; `dataset`, if it is one of the hub; `benchmarks` |
     | `lexicon` | {source: {relation: pairs}}, without the user's file names |
     | `loss` | the section `loss` of the config |
@@ -74,13 +83,17 @@ def collect_facts(config: Config, source: Checkpoint, student: ModelFolder, teac
         lambda: shards.load_manifest(config, "train"), source.manifest.inputs["shards"], shards.digest_without_states
     )
     sequences = _unchanged(
-        lambda: read_manifest(config.path(kinds.SEQUENCES.folder), "sequences"), _input(train, "sequences")
+        lambda: read_manifest(config.path(kinds.SEQUENCES.folder), kinds.SEQUENCES.name), _input(train, "sequences")
     )
     senses = _unchanged(
-        lambda: read_manifest(config.path(kinds.SENSES.folder), "senses"), source.manifest.inputs["senses"]
+        lambda: read_manifest(config.path(kinds.SENSES.folder), kinds.SENSES.name), source.manifest.inputs["senses"]
     )
-    corpus = _unchanged(lambda: read_manifest(config.path(kinds.CORPUS.folder), "corpus"), _input(sequences, "corpus"))
-    lexicon = _unchanged(lambda: read_manifest(config.path(kinds.LEXICON.folder), "lexicon"), _input(senses, "lexicon"))
+    corpus = _unchanged(
+        lambda: read_manifest(config.path(kinds.CORPUS.folder), kinds.CORPUS.name), _input(sequences, "corpus")
+    )
+    lexicon = _unchanged(
+        lambda: read_manifest(config.path(kinds.LEXICON.folder), kinds.LEXICON.name), _input(senses, "lexicon")
+    )
     if corpus is not None:
         facts["text"] = _text(corpus)
     if lexicon is not None:
@@ -136,8 +149,59 @@ def _lexicon(lexicon: Manifest) -> dict[str, dict[str, int]]:
     return by_source
 
 
+def describe_teacher(config: Config, teacher: ModelFolder) -> dict[str, Any]:
+    """Returns what is known of the teacher: nothing that names a path of this machine.
+
+    | key | meaning |
+    |---|---|
+    | `origin` | `scratch` (trained by the pipeline), `gguf`, `hub` or `folder` |
+    | `name` | its name on the hub or in the GGUF file |
+    | `base_model` | names on the hub that a model card may give: its own, or those that the GGUF file names |
+    | `derived_from` | names, in the GGUF file, of the models that it was made from |
+    | `revision`, `organization`, `url` | if they are known |
+    | `license`, `license_name`, `license_link` | as model cards have them, if its files say so |
+    | `architecture`, `layers` | its class in transformers, and its number of layers |
+    """
+    model_config = teacher.load_config()
+    architecture = (getattr(model_config, "architectures", None) or [type(model_config).__name__])[0]
+    facts: dict[str, Any] = {"architecture": architecture, "layers": model_config.num_hidden_layers}
+    if config.teacher.path is None:
+        facts |= {"origin": "scratch"}
+    elif config.teacher.is_gguf:
+        provenance = read_manifest(teacher.path, kinds.TEACHER.name).facts.get("provenance", {})
+        facts |= {"origin": "gguf", **_of_gguf(provenance)}
+    elif is_hub_name(config.teacher.path):
+        name = config.teacher.path
+        facts |= {"origin": "hub", "name": name, "base_model": [name], "revision": config.teacher.revision}
+        facts |= licence_in_card(teacher.path)
+    else:
+        facts |= {"origin": "folder", **licence_in_card(teacher.path)}
+    return {key: value for key, value in facts.items() if value not in (None, [])}
+
+
+def _of_gguf(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the facts that the keys of a GGUF file give."""
+    bases = [key for key in provenance if key.startswith("base_model.")]
+    own = [provenance.get(key) for key in ("source.url", "repo_url", "url")]
+    of_bases = [provenance[key] for key in bases if key.endswith(".repo_url")]
+    return {
+        "name": one_line(provenance.get("name")),
+        "organization": one_line(provenance.get("organization") or provenance.get("author")),
+        "base_model": _hub_names(own)[:1] or _hub_names(of_bases),
+        "derived_from": [one_line(provenance[key]) for key in bases if key.endswith(".name")],
+        "url": next((one_line(url) for url in own if isinstance(url, str) and url.startswith("http")), None),
+        "license": one_line(provenance.get("license")),
+        "license_link": one_line(provenance.get("license.link")),
+    }
+
+
+def _hub_names(urls: list[Any]) -> list[str]:
+    found = [_HUB_URL.fullmatch(url) for url in urls if isinstance(url, str)]
+    return [match[1] for match in found if match]
+
+
 def _student(student: ModelFolder) -> dict[str, Any]:
-    manifest, model_config = read_manifest(student.path, "student"), student.load_config()
+    manifest, model_config = read_manifest(student.path, kinds.STUDENT.name), student.load_config()
     facts: dict[str, Any] = {
         "digest": student.digest,
         "origin": origin_of(manifest),
@@ -151,3 +215,8 @@ def _student(student: ModelFolder) -> dict[str, Any]:
             facts["name"] = manifest.facts["path"]
         facts |= licence_in_card(Path(manifest.facts["folder"]))
     return facts
+
+
+def is_hub_name(path: str | None) -> bool:
+    """Returns True if a config's path is the name of a model or dataset on the hub, and no folder of this machine."""
+    return path is not None and bool(_HUB_NAME.fullmatch(path)) and not Path(path).expanduser().exists()

@@ -30,7 +30,7 @@ from dskd.tracking import log_export
 from dskd.training import checkpoint
 from dskd.training.exporting import card
 from dskd.training.exporting.card_facts import collect_facts, find_source_teacher
-from dskd.training.exporting.files import copy_files, copy_notices
+from dskd.training.exporting.files import copy_files, copy_licences
 
 
 def recipe(source: checkpoint.Checkpoint) -> Recipe:
@@ -100,8 +100,7 @@ def _build(config: Config, source: checkpoint.Checkpoint, student: ModelFolder, 
                 rounding_error=agreement.rounding,
                 **{card.FACTS: collect_facts(config, source, student, teacher)},
             )
-            if teacher is not None:
-                copy_notices(teacher.path, building.folder)
+            copy_licences(student, teacher, building.folder)
             text = card.render_card(as_json(building.facts), package_versions())
             card.write_card(building.folder, text)
         say(
@@ -122,7 +121,7 @@ def find_export(config: Config, run: str) -> tuple[ModelFolder, Manifest]:
     Raises:
         UserError: if it is missing or damaged.
     """
-    return open_made_model(config, config.path(kinds.EXPORT.folder, run), "export")
+    return open_made_model(config, config.path(kinds.EXPORT.folder, run), kinds.EXPORT.name)
 
 
 def write_export(student: ModelFolder, trained: Mapping[str, torch.Tensor], target: Path) -> set[torch.dtype]:

@@ -1,27 +1,28 @@
-"""The small files of an export: configs, tokenizer, chat template, and the licences that came with the teacher."""
+"""The small files of an export: configs, tokenizer, chat template, and the licences of what it was made from."""
 
 import json
-import re
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from dskd.artifacts.hashing import MANIFEST_NAME, MODEL_CARD_NAME
-from dskd.artifacts.manifest import write_json
-from dskd.models.folder import ModelFolder, attention_key
+from dskd.artifacts import kinds
+from dskd.artifacts.hashing import MANIFEST_NAME
+from dskd.artifacts.manifest import read_manifest, write_json
+from dskd.console import warn
+from dskd.models.folder import ADAPTER_CONFIG, LICENCE_FILES, MODEL_CARD_NAME, ModelFolder, attention_key
 from dskd.models.generation import GENERATION_CONFIG, answer_ends, as_list, generation_values
 from dskd.models.weights import WEIGHTS_INDEX
+from dskd.students.student import origin_of
 
-_NOTICE = re.compile(r"(licen[sc]e|notice|copying|use_policy)", re.IGNORECASE)  # begins the name of such a file
 _LARGEST_NOTICE = 2**20  # bytes
 
 
 def copy_files(student: ModelFolder, target: Path) -> None:
     """Copies the files of a model's folder except its weights; Python files only if `trust_remote_code` is set.
 
-    Skips an adapter's configuration: the adapter's weights are not in the folder, and transformers would load the
-    model that the adapter was made for instead of this one. Then completes the generation config.
+    Skips `ADAPTER_CONFIG`. Then completes the generation config.
     """
-    left_out = (WEIGHTS_INDEX, MANIFEST_NAME, MODEL_CARD_NAME, "adapter_config.json")
+    left_out = (WEIGHTS_INDEX, MANIFEST_NAME, MODEL_CARD_NAME, ADAPTER_CONFIG)
     endings = (".safetensors", *(() if student.trust_remote_code else (".py",)))
     for file in student.path.iterdir():
         if file.is_file() and file.suffix not in endings and file.name not in left_out:
@@ -50,8 +51,35 @@ def _complete_generation_config(student: ModelFolder, file: Path) -> None:
     write_json(file, {**known, **values, "eos_token_id": ends[0] if len(ends) == 1 else ends})
 
 
-def copy_notices(source: Path, target: Path) -> None:
-    """Copies the licences and notices of a model's folder; copies of the model have to come with them."""
-    for file in source.iterdir():
-        if file.is_file() and _NOTICE.match(file.name) and file.stat().st_size <= _LARGEST_NOTICE:
-            shutil.copyfile(file, target / file.name)
+def copy_licences(student: ModelFolder, teacher: ModelFolder | None, target: Path) -> None:
+    """Copies the licences and notices of the models that an export was made from into its folder.
+
+    They are those of the teacher, unless it is None, and of the model that a pretrained student began as.
+    """
+    manifest = read_manifest(student.path, kinds.STUDENT.name)
+    if origin_of(manifest) == "path":
+        source = Path(manifest.facts["folder"])
+        if source.is_dir():
+            copy_notices(source, target, of="student")
+        else:
+            warn(
+                f"{source}: the model that the student was copied from is not here, so its licence files are not in "
+                "the export; add them before you share the model"
+            )
+    if teacher is not None:
+        copy_notices(teacher.path, target, of="teacher")
+
+
+def copy_notices(source: Path, target: Path, *, of: str) -> None:
+    """Copies the licences and notices of a model's folder; copies of the model have to come with them.
+
+    If another file of the same name is there already, the copy's name says whose it is, such as `LICENSE-of-teacher`.
+    """
+    for file in sorted(source.iterdir()):
+        is_licence = any(fnmatchcase(file.name, pattern) for pattern in LICENCE_FILES)
+        if not is_licence or not file.is_file() or file.stat().st_size > _LARGEST_NOTICE:
+            continue
+        copy = target / file.name
+        if copy.exists() and copy.read_bytes() != file.read_bytes():
+            copy = copy.with_stem(f"{copy.stem}-of-{of}")
+        shutil.copyfile(file, copy)

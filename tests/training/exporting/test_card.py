@@ -13,8 +13,8 @@ from dskd.models.digests import digest_of_model
 from dskd.models.folder import ModelFolder
 from dskd.training.checkpoint import Checkpoint
 from dskd.training.exporting.card import Result, render_card, write_card
-from dskd.training.exporting.card_facts import find_source_teacher
-from dskd.training.exporting.licences import describe_teacher, obligations
+from dskd.training.exporting.card_facts import describe_teacher, find_source_teacher
+from dskd.training.exporting.licences import obligations
 
 HUB = {
     "origin": "hub",
@@ -73,13 +73,13 @@ def test_the_card_has_what_the_manifest_says(tmp_path):
     for part in (
         "[org/big-model](https://huggingface.co/org/big-model) (LlamaForCausalLM, 30 layers)",
         "its layers 0, 1, 28, 29 of 30, counted from 0; trained: the last 2 layers, the final norm",
-        "WordNet's definitions and examples; 1,234 documents",
+        "WordNet's definitions and examples; a corpus of 1,234 documents",
         "wordnet (10 synonym pairs, 2 antonym pairs); own lists (3 synonym pairs, 0 antonym pairs)",
         "1 × cross-entropy with the next token + 10 × T² × KL(teacher ‖ student), T = 2 + 1 × sense loss "
         "(form: distance) + 20 × squared distance to the teacher's last hidden state",
         "40 steps of 16 sequences of up to 128 tokens (81,920 in all, at most)",
         "dskd 0.1.0, torch 2.9.0\n",
-        "Not evaluated yet.",
+        "\n\nNot evaluated yet.\n\n## Licence\n",
         "The teacher is under the Apache License 2.0, which applies to this model too",
         "state that the model was changed",
         "arXiv:2602.22351",

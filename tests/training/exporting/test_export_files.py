@@ -8,9 +8,11 @@ from chat_templates import LLAMA, SMOLLM, chat_tokenizer
 from tiny_models import SHAPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from dskd.artifacts.building import build_artifact
+from dskd.artifacts.manifest import Recipe
 from dskd.models.folder import ModelFolder
 from dskd.training.exporting.export import write_export
-from dskd.training.exporting.files import copy_notices
+from dskd.training.exporting.files import copy_licences, copy_notices
 
 QUESTION = [{"role": "user", "content": "What is the opposite of hot?"}]
 
@@ -78,5 +80,33 @@ def test_licences_and_notices_come_with_an_export(tmp_path):
         folder.mkdir()
     for name in [*names, "README.md", "config.json"]:
         (teacher / name).write_text(name)
-    copy_notices(teacher, target)
+    copy_notices(teacher, target, of="teacher")
     assert {file.name for file in target.iterdir()} == set(names)
+
+
+def test_an_export_of_a_pretrained_student_has_the_licences_of_both_models(tmp_path, capsys):
+    """The student's folder has no licence file but `*.txt`, so they come from the model that it was copied from."""
+    teacher, source, target = tmp_path / "teacher", tmp_path / "source", tmp_path / "export"
+    for folder, files in (
+        (teacher, {"LICENSE": "the teacher's", "Notice.txt": "the teacher's", "USE_POLICY.md": "of both"}),
+        (source, {"LICENSE": "the student's", "COPYING": "the student's", "USE_POLICY.md": "of both", "code.py": ""}),
+        (target, {}),
+    ):
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    with build_artifact(tmp_path / "student", Recipe("student", {}, {}, "t", "t")) as building:
+        building.facts.update(origin="path", path=str(source), revision=None, folder=str(source))
+    student = ModelFolder(tmp_path / "student", "", "")
+    copy_licences(student, ModelFolder(teacher, "", ""), target)
+    assert {file.name: file.read_text() for file in target.iterdir()} == {
+        "LICENSE": "the student's",
+        "LICENSE-of-teacher": "the teacher's",
+        "COPYING": "the student's",
+        "Notice.txt": "the teacher's",
+        "USE_POLICY.md": "of both",
+    }
+    assert capsys.readouterr().err == ""
+    source.rename(tmp_path / "elsewhere")
+    copy_licences(student, None, target)
+    assert "its licence files are not in the export; add them before you share the model" in capsys.readouterr().err

@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+import torch
+from shard_samples import T, make_sample
+
+from dskd.random_numbers import random_bits
+from dskd.training.positions import SensePositions
+
+
+@pytest.mark.parametrize(
+    ("share", "minimum", "expected"), [(0.5, 0, 6), (0.5, 8, 8), (0.5, 99, 11), (0.0, 0, 0), (1.0, 0, 11)]
+)
+def test_the_share_of_lexical_positions_is_drawn(share, minimum, expected):
+    sample = make_sample()  # lexical: 2 to 13 without the masked 3, eleven positions
+    relation, own = SensePositions(1, share, minimum).draw(sample, 4, 0)
+    assert len(relation) == len(own) == expected
+    assert set(relation) <= set(range(2, 14)) - {3}
+    assert set(own) <= set(range(18)) - {3}
+
+
+def test_positions_are_a_function_of_seed_epoch_and_sample():
+    sample, rule = make_sample(), SensePositions(1, 0.5, 0)
+    drawn = rule.draw(sample, 4, 0)
+    assert all((a == b).all() for a, b in zip(drawn, rule.draw(sample, 4, 0), strict=True))
+    for other in (rule.draw(sample, 5, 0), rule.draw(sample, 4, 1), SensePositions(2, 0.5, 0).draw(sample, 4, 0)):
+        assert any(set(a) != set(b) for a, b in zip(drawn, other, strict=True))
+
+
+def test_every_lexical_position_is_drawn_equally_often():
+    sample, rule = make_sample(), SensePositions(1, 0.5, 0)
+    counts = np.zeros(T)
+    for epoch in range(600):
+        counts[rule.draw(sample, 4, epoch)[0]] += 1
+    lexical = counts[[p for p in range(2, 14) if p != 3]]
+    expected = 600 * 6 / 11
+    assert abs(lexical - expected).max() < 6 * np.sqrt(expected * (1 - 6 / 11))
+
+
+def test_priorities_of_positions_do_not_repeat():
+    assert len(random_bits(0, 0, 0, 1, torch.arange(1000)).unique()) == 1000
