@@ -25,11 +25,15 @@ PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs $(ARGS
 .PHONY: quickstart smollm2 test test-fast test-cluster test-nvme check docs models env wordnet browser clean
 .DELETE_ON_ERROR:
 
-# The config is CONFIG or the quickstart, and a toy if the quickstart's teacher cannot be fetched.
+# The config is CONFIG or the quickstart, and a toy if the quickstart's teacher cannot be fetched. Other errors, such as a
+# full disk, end it.
 quickstart: env wordnet
 	@config="$(CONFIG)"; if [ -z "$$config" ]; then config=configs/quickstart.yaml; \
-		{ why=$$($(PY) -m dskd smollm2 2>&1 >&3) || { config=configs/toy.yaml; \
-			echo "make: $${why#error: }; instead, $$config runs, with a small teacher trained from scratch" >&2; }; \
+		{ said=$$($(PY) -m dskd smollm2 2>&1 >&3) || { code=$$?; \
+			why=$$(printf '%s\n' "$$said" | sed -n 's/^error: \(SmolLM2 cannot be fetched\)/\1/p' | tail -n 1); \
+			[ -n "$$why" ] || { printf '%s\n' "$$said" >&2; exit $$code; }; \
+			config=configs/toy.yaml; \
+			printf '%s\n' "make: $$why; instead, $$config runs, with a small teacher trained from scratch" >&2; }; \
 		} 3>&1; fi; \
 	echo "$(PY) launcher/pipeline.py --config $$config"; $(PY) launcher/pipeline.py --config "$$config"
 

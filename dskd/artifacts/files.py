@@ -75,11 +75,11 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, *, remedy: str = "set workdir to a folder you may write") -> None:
     """Creates a folder and its parents, and checks that it is writable.
 
     Raises:
-        UserError: saying what to change, if that is not possible.
+        UserError: if that is not possible, with `remedy` as what to do.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -89,9 +89,11 @@ def make_folder(path: Path) -> None:
             raise UserError(
                 f"{path}: this is a link to {path.resolve()}, which is not there; make that folder, or remove the link"
             ) from None
-        raise UserError(
-            f"{path}: cannot write there ({error.strerror}); set workdir to a folder you may write"
-        ) from None
+        reason = error.strerror
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            file = next((each for each in (path, *path.parents) if each.is_file()), None)
+            reason = f"{file} is a file, not a folder" if file else reason
+        raise UserError(f"{path}: cannot write there ({reason}); {remedy}") from None
 
 
 def share_files(folder: Path) -> None:

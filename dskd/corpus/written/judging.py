@@ -1,7 +1,7 @@
 """Which of the teacher's texts become documents of the corpus, and why others do not.
 
-A text is first cut after its last whole sentence. It is a document if it then has enough words, does not repeat itself,
-and has the word that it was asked to use, perhaps inflected.
+A text first loses the line that announces it, and is cut after its last whole sentence. It is a document if it then is
+no refusal, has enough words, does not repeat itself, and has the word that it was asked to use, perhaps inflected.
 """
 
 import functools
@@ -19,13 +19,16 @@ from dskd.artifacts import kinds
 from dskd.config import Config
 from dskd.corpus.files import Document
 from dskd.corpus.written.blocks import FILE
+from dskd.corpus.written.prompts import THOUGHTS
 from dskd.errors import UserError
 from dskd.lexicon.wordnet import open_wordnet
 
 SENSES_FILE = "senses.parquet"
-KEPT, NO_SENTENCE, TOO_SHORT, REPEATS, WITHOUT_WORD = (
+KEPT, ONLY_THOUGHTS, NO_SENTENCE, REFUSAL, TOO_SHORT, REPEATS, WITHOUT_WORD = (
     "kept",
+    "only thoughts",
     "no whole sentence",
+    "a refusal",
     "too short",
     "repeats itself",
     "the word does not occur",
@@ -36,6 +39,25 @@ _GRAM, _MOST_REPEATED = 3, 0.2  # the largest share of groups of three words tha
 _WORD = re.compile(r"[^\W_]+(?:['’.-][^\W_]+)*")
 # The end of a sentence, with quotes and brackets that close there.
 _END = re.compile(r"[.!?…。！？]+[\"'”’»)\]*_]*")
+_TEXTS = "texts?|sentences?|paragraphs?|story|passage|examples?"
+# What precedes the text itself and ends in a colon: a first line, or 'Sure! Here is a sentence with the word "hot":'.
+_ANNOUNCEMENT = re.compile(
+    r"(?:(?:sure|certainly|of course|absolutely|okay)\b[^\n.!:]{0,20}[.!,:]\s+)?"
+    rf"(?:here(?:['’]s| is| are)\b[^\n:]*\b(?:{_TEXTS})\b[^\n:]*:[*_]*\s+|[^\n.!?]*:[*_\"”]* *\n\s*)",
+    re.IGNORECASE,
+)
+# Only with a verb of what a model is asked to do: "I can't believe how hot it is" begins a text.
+_UNABLE = r"i(?: cannot| can not| can['’]t|(?:['’]m| am) (?:unable|not able) to)"
+_SERVICES = (
+    "write|provide|create|generate|produce|compose|fulfil|assist|help (?:you|with)|comply|do (?:that|this|so)|use|give|"
+    "offer|complete|engage|respond|answer|continue|discuss"
+)
+_REFUSAL = re.compile(
+    r"(?:unfortunately,? |i apologi[sz]e,? but |sorry,? (?:but )?)?"
+    r"(?:i(?:['’]m| am) (?:(?:very|so|truly|really) )?sorry\b|as an? (?:ai|(?:large )?language model)\b|"
+    rf"{_UNABLE} (?:\w+ly )?(?:{_SERVICES})\w*\b)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -80,8 +102,10 @@ def judge_texts(config: Config) -> list[Judged]:
     lemmas_of = _lemmas(open_wordnet(config.wordnet.path).reader)
     judged = []
     for row in rows:
-        text = whole_sentences(row["text"])
+        text = whole_sentences(without_announcement(row["text"]))
         outcome = judge(text, row["word"], row["part_of_speech"], lemmas_of)
+        if row["text"] == THOUGHTS:
+            outcome = ONLY_THOUGHTS
         judged.append(Judged(row["word"], row["synset"], row["number"], text, outcome))
     return judged
 
@@ -94,6 +118,8 @@ def judge(text: str, word: str, part_of_speech: str, lemmas_of: Callable[[str, s
     words = [match.group().lower() for match in _WORD.finditer(text)]
     if not words:
         return NO_SENTENCE
+    if _REFUSAL.match(text):
+        return REFUSAL
     if len(words) < _LEAST_WORDS:
         return TOO_SHORT
     if repeated_share(words) > _MOST_REPEATED:
@@ -101,6 +127,13 @@ def judge(text: str, word: str, part_of_speech: str, lemmas_of: Callable[[str, s
     if not _occurs(word.lower(), words, text, lambda form: lemmas_of(form, part_of_speech)):
         return WITHOUT_WORD
     return KEPT
+
+
+def without_announcement(text: str) -> str:
+    """Returns a text without the line or sentence before it that ends in a colon and announces it."""
+    text = text.strip()
+    announcement = _ANNOUNCEMENT.match(text)
+    return text[announcement.end() :] if announcement else text
 
 
 def whole_sentences(text: str) -> str:

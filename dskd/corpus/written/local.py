@@ -54,7 +54,8 @@ def write_with_teacher(
                 written += sum(map(len, added))
                 texts += _decode(tokenizer, added)
                 bar.update(min(len(batch) * world.world_size, bar.total - bar.n))
-            write_block(folder, block, [prompter.answer(text) for text in texts])
+            answers = zip(texts, requests[block.start : block.stop], strict=True)
+            write_block(folder, block, [prompter.answer(text, request) for text, request in answers])
         if sampler.needs_all_ranks:
             # Ranks with less work take part in the others' passes.
             turns = [-(-len(block) // size) for block in left]

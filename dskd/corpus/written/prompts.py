@@ -10,6 +10,10 @@ from dskd.corpus.written.requests import PARTS_OF_SPEECH, Request
 from dskd.errors import UserError, reason_of
 from dskd.lexicon.reading import is_storable
 
+THOUGHTS = "<think>"  # begins the thoughts of a reasoning model; an answer that is only thoughts becomes this alone
+END_OF_THOUGHTS = "</think>"
+# Models that can think before they answer are asked not to: thoughts are no text to learn from. Not all obey.
+NOT_THINKING = {"enable_thinking": False}  # a variable of chat templates
 _KINDS = ("two or three sentences", "two or three sentences of a story", "a short paragraph")
 
 
@@ -32,8 +36,8 @@ class Prompter:
             f'"{sense.word}" ({part}) means: {sense.gloss}.\n\nWrite {kind} with the word "{sense.word}" in this sense.'
         )
 
-    def text(self, request: Request) -> str:
-        """Returns the prompt as text.
+    def text(self, request: Request, *, may_think: bool = False) -> str:
+        """Returns the prompt as text; with `may_think` without the wish for an answer without thoughts.
 
         Raises:
             UserError: when the chat template refuses the question.
@@ -45,10 +49,10 @@ class Prompter:
                 f'A text that uses "{sense.word}" in this sense:\n'
             )
         messages = [{"role": "user", "content": self.question(request)}]
+        options = TEMPLATE_OPTIONS if may_think else TEMPLATE_OPTIONS | NOT_THINKING
         try:
-            # Models that can think before they answer are asked not to: thoughts are no text to learn from.
             text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False, **TEMPLATE_OPTIONS
+                messages, tokenize=False, add_generation_prompt=True, **options
             )
         except Exception as error:  # templates can raise any kind of error
             raise UserError(
@@ -65,12 +69,21 @@ class Prompter:
         ]
         return ids
 
-    def answer(self, text: str) -> str:
-        """Returns the text of an answer: of a base model its first paragraph, since what follows is another text.
+    def answer(self, text: str, request: Request, *, may_think: bool = False) -> str:
+        """Returns the text of an answer to the prompt of these arguments: what follows the thoughts and, of a base
+        model, its first paragraph, since what follows is another text.
 
-        It is empty if the answer has characters that are not text.
+        It is `THOUGHTS` if the thoughts do not end, and empty if the answer has characters that are not text.
         """
-        text = text.rpartition("</think>")[2].strip()
+        _, end, text = text.rpartition(END_OF_THOUGHTS)
+        # Some templates begin the thoughts in the prompt.
+        if THOUGHTS in text or (not end and self._begins_thoughts(request, may_think)):
+            return THOUGHTS
+        text = text.strip()
         if not is_storable(text):
             return ""
         return text if self.is_chat else text.split("\n\n")[0].strip()
+
+    def _begins_thoughts(self, request: Request, may_think: bool) -> bool:
+        prompt = self.text(request, may_think=may_think)
+        return THOUGHTS in prompt.rpartition(END_OF_THOUGHTS)[2]

@@ -4,6 +4,7 @@ Such a server draws tokens in its own way, so the same requests can get other te
 moment later (no connection, a time-out, 408, 409, 425, 429, 5xx, an answer that breaks off) is tried again.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -20,8 +21,8 @@ from requests import Response, Session
 from dskd.config import Config, CorpusConfig
 from dskd.config.data import SERVER_KEY_VARIABLE
 from dskd.console import progress_bar, say
-from dskd.corpus.written.blocks import write_block
-from dskd.corpus.written.prompts import Prompter
+from dskd.corpus.written.blocks import note_writer, read_writer, write_block
+from dskd.corpus.written.prompts import END_OF_THOUGHTS, NOT_THINKING, THOUGHTS, Prompter
 from dskd.corpus.written.requests import Request
 from dskd.errors import OutageError, UserError, first_line
 
@@ -31,6 +32,7 @@ _FIRST_TRIES = 3  # of these waits, until the server has answered once
 _LONGEST_WAIT_S = 120  # that a server may ask for
 _CONNECTS_WITHIN_S, _ANSWERS_WITHIN_S = 10, 600
 _MAY_PASS = (408, 409, 425, 429)
+_NOT_UNDERSTOOD = (400, 422)
 _SHOWN_CHARACTERS = 300
 _WRONG_URLS = (
     requests.exceptions.InvalidURL,
@@ -46,6 +48,10 @@ class _TransientError(Exception):
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
         self.wait_s = wait_s
+
+
+class _RefusedRequestError(UserError):
+    """The refusal of a request that the server does not understand."""
 
 
 class Server:
@@ -64,6 +70,7 @@ class Server:
         }
         self._key = os.environ.get(SERVER_KEY_VARIABLE, "").strip()
         self._has_answered = self._is_down = False
+        self.may_think = False  # True if the server refuses the wish for answers without thoughts
 
     def find_model(self) -> str:
         """Returns the name of the model: the configured one or, if there is none, the only one of the server.
@@ -89,7 +96,7 @@ class Server:
         return self._model
 
     def ask(self, session: Session, question: str, seed: int, stopping: threading.Event) -> str:
-        """Returns the answer to a question.
+        """Returns the answer to a question, asking for one without thoughts unless the server refuses that wish.
 
         Raises:
             UserError: when the server refuses the request.
@@ -102,6 +109,14 @@ class Server:
             "stream": False,
             **self._sampling,
         }
+        if not self.may_think:
+            with contextlib.suppress(_RefusedRequestError):
+                return self._complete(session, body | {"chat_template_kwargs": NOT_THINKING}, stopping)
+        text = self._complete(session, body, stopping)
+        self.may_think = True  # only now: the refusal can have had another reason
+        return text
+
+    def _complete(self, session: Session, body: dict[str, Any], stopping: threading.Event) -> str:
         text: str = self._retried(session, "POST", "chat/completions", body, stopping, _content_of)
         return text
 
@@ -192,7 +207,8 @@ class Server:
                 f"{where} is not there ({reason}); correct the URL, whose usual end is /v1, or corpus.server_model"
                 + (f", now {self._model}" if self._model else "")
             )
-        return UserError(f"{where} refuses the request ({reason}); change what it names, or use another server")
+        kind = _RefusedRequestError if status in _NOT_UNDERSTOOD else UserError
+        return kind(f"{where} refuses the request ({reason}); change what it names, or use another server")
 
     def _hidden(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
@@ -204,11 +220,15 @@ def write_with_server(
     """Writes the blocks `left` of the requests `asked` into `folder`, and returns the name of the server's model.
 
     Raises:
-        UserError: when the server refuses a request, or `corpus.server_model` does not tell which of its models to use.
+        UserError: when the server refuses a request, `corpus.server_model` does not tell which of its models to use, or
+            another model wrote the complete blocks.
         OutageError: when it does not answer, also after several tries. Complete blocks are kept.
     """
     server = Server(config.corpus)
     model = server.find_model()
+    if sum(map(len, left)) < len(asked):
+        _require_writer(config, folder, model)
+    note_writer(folder, model)
     say(f"  {config.corpus.server} writes with {model}")
     numbers = [number for block in left for number in block]
     block_of = {number: block for block in left for number in block}
@@ -216,7 +236,8 @@ def write_with_server(
 
     def ask(session: Session, number: int, stopping: threading.Event) -> str:
         request = asked[number]
-        return prompter.answer(server.ask(session, prompter.question(request), request.seed(config.seed), stopping))
+        text = server.ask(session, prompter.question(request), request.seed(config.seed), stopping)
+        return prompter.answer(text, request, may_think=server.may_think)
 
     with progress_bar(total=len(asked), initial=len(asked) - len(numbers), label="writing", unit="texts") as bar:
         for number, text in _in_parallel(ask, numbers, config.corpus.server_requests):
@@ -227,6 +248,20 @@ def write_with_server(
                 of_block = texts.pop(block)
                 write_block(folder, block, [of_block[each] for each in block])
     return model
+
+
+def _require_writer(config: Config, folder: Path, model: str) -> None:
+    """Checks that the model that wrote the complete blocks in `folder` is this one.
+
+    Raises:
+        UserError: naming both.
+    """
+    before = read_writer(folder)
+    if before not in (None, model):
+        raise UserError(
+            f"corpus.server: {config.corpus.server} now has the model {model}, and {before} has written the texts so "
+            f"far; start the server with {before} again, or remove {folder}, so that {model} writes all of them"
+        )
 
 
 def _in_parallel(
@@ -273,28 +308,45 @@ def _content_of(response: Response) -> str:
         return _content_of_stream(response.content.decode("utf-8", "replace"))
     answer = response.json()
     try:
-        content = answer["choices"][0]["message"]["content"]
+        message = answer["choices"][0]["message"]
+        content = message["content"]
     except (KeyError, IndexError, TypeError):
         raise _TransientError(f"answers with something that is not a chat completion ({_shown(answer)})") from None
-    return content if isinstance(content, str) else ""
+    return _with_thoughts(_thoughts_of(message), content if isinstance(content, str) else "")
 
 
 def _content_of_stream(stream: str) -> str:
+    thoughts: list[str] = []
     parts: list[str] = []
     for line in stream.splitlines():
         if not line.startswith("data:"):
             continue
         data = line.removeprefix("data:").strip()
         if data == "[DONE]":
-            return "".join(parts)
+            return _with_thoughts("".join(thoughts), "".join(parts))
         event = json.loads(data)
         if not isinstance(event, dict) or event.get("error"):
             raise _TransientError(f"fails while it answers ({_shown(event)})")
         for choice in itertools.islice(event.get("choices") or (), 1):
-            parts.append((choice.get("delta") or {}).get("content") or "")
+            delta = choice.get("delta") or {}
+            thoughts.append(_thoughts_of(delta))
+            parts.append(delta.get("content") or "")
             if choice.get("finish_reason"):
-                return "".join(parts)
+                return _with_thoughts("".join(thoughts), "".join(parts))
     raise _TransientError("breaks off its answer")
+
+
+def _thoughts_of(message: dict[str, Any]) -> str:
+    """Returns the thoughts that the server has separated from an answer, if it has."""
+    thoughts = message.get("reasoning_content") or message.get("reasoning")
+    return thoughts if isinstance(thoughts, str) else ""
+
+
+def _with_thoughts(thoughts: str, content: str) -> str:
+    """Returns an answer with its thoughts as the model itself writes them, of which :class:`Prompter` knows the end."""
+    if not thoughts:
+        return content
+    return f"{THOUGHTS}{thoughts}{END_OF_THOUGHTS}{content}" if content else f"{THOUGHTS}{thoughts}"
 
 
 def _reason(error: Exception) -> str:

@@ -16,7 +16,7 @@ from dskd.artifacts.manifest import Recipe, is_current
 from dskd.config import Config
 from dskd.config.data import KEYS_OF_TEXTS
 from dskd.console import say, stage
-from dskd.corpus.written.blocks import blocks_of, is_written, join_blocks
+from dskd.corpus.written.blocks import blocks_of, is_written, join_blocks, read_writer
 from dskd.corpus.written.prompts import Prompter
 from dskd.corpus.written.requests import Request, find_senses, make_requests
 from dskd.distributed.collectives import barrier, gather_json, main_first, on_main
@@ -115,6 +115,8 @@ def _write_blocks(
     if len(left) < len(blocks):
         say(f"  resuming: {len(blocks) - len(left)} of {len(blocks)} blocks were written before an interruption")
     if not left:
+        if config.corpus.server is not None:
+            building.facts["server_model"] = read_writer(building.folder)
         return
     started = time.perf_counter()
     with report_full_disk(building.folder):

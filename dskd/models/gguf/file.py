@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from dskd.artifacts.pointers import refuse_pointer_beginning
 from dskd.errors import UserError, shortened
+from dskd.models import smollm2
 
 _MAGIC = b"GGUF"
 _VERSIONS = 2, 3
@@ -130,15 +131,17 @@ def read_gguf(path: Path) -> GgufFile:
             version = _read_version(stream, path)
             try:
                 values, table, end = _read_tables(stream, size)
-            except _CutShortError:
-                raise UserError(
-                    f"teacher.path: {path}: the file is cut short: it ends after {size:,} bytes, within the list of "
-                    "its keys and tensors; download it again"
-                ) from None
+            except _CutShortError as error:
+                found = (
+                    f" or damaged: {error} in a file of {size:,} bytes"
+                    if str(error)
+                    else f": it ends after {size:,} bytes, within the list of its keys and tensors"
+                )
+                raise UserError(f"teacher.path: {path}: the file is cut short{found}; {_download(path)}") from None
             except ValueError as error:
                 raise UserError(
                     f"teacher.path: {path}: the list of keys and tensors of this GGUF file (version {version}) is "
-                    f"damaged ({error}); download it again"
+                    f"damaged ({error}); {_download(path)}"
                 ) from None
     except OSError as error:
         raise UserError(f"teacher.path: {path}: it cannot be read ({error.strerror})") from None
@@ -157,21 +160,28 @@ def read_gguf(path: Path) -> GgufFile:
         missing = [tensor.name for tensor in tensors if tensor.offset + tensor.size_bytes > size]
         raise UserError(
             f"teacher.path: {path}: the file is cut short: it has {size:,} bytes, and its {len(tensors)} tensors need "
-            f"{needed:,}; incomplete or missing: {shortened(missing, 3)} ({len(missing)} in all). Download it again"
+            f"{needed:,}; incomplete or missing: {shortened(missing, 3)} ({len(missing)} in all); {_download(path)}"
         )
     return replace(file, tensors=tensors)
 
 
 class _CutShortError(Exception):
-    """The error of a file that ends within a value."""
+    """The error of a file that ends within a value; its text, if any, is a value that is larger than the file."""
+
+
+def _download(path: Path) -> str:
+    """Returns what to do about a file that is not whole."""
+    return f"fetch it again: `dskd smollm2 --to {path}`" if path.name == smollm2.NAME else "download it again"
 
 
 def _read_version(stream: BinaryIO, path: Path) -> int:
     beginning = stream.read(64)
+    if not beginning:
+        raise UserError(f"teacher.path: {path}: the file is empty; {_download(path)}")
     refuse_pointer_beginning(beginning, f"teacher.path: {path}")
     if beginning[:4] == _MAGIC and len(beginning) < 8:
         raise UserError(
-            f"teacher.path: {path}: the file is cut short: it has only {len(beginning)} bytes; download it again"
+            f"teacher.path: {path}: the file is cut short: it has only {len(beginning)} bytes; {_download(path)}"
         )
     if beginning[:4] != _MAGIC:
         raise UserError(
@@ -203,6 +213,8 @@ def _read_tables(stream: BinaryIO, size: int) -> tuple[dict[str, Any], _Table, i
             values[key] = _read_value(stream, kind, size)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
+        except _CutShortError as error:
+            raise _CutShortError(f"{key}: {error}" if str(error) else "") from None
     table: _Table = []
     for _ in range(num_tensors):
         name = _read_string(stream, _LONGEST_NAME)
@@ -223,10 +235,10 @@ def _unpack(stream: BinaryIO, form: str) -> tuple[Any, ...]:
     return layout.unpack(content)
 
 
-def _read_string(stream: BinaryIO, longest: int) -> str:
+def _read_string(stream: BinaryIO, longest: int, error: type[Exception] = ValueError) -> str:
     (length,) = _unpack(stream, "Q")
     if length > longest:
-        raise ValueError(f"a text of {length:,} bytes")
+        raise error(f"a text of {length:,} bytes")
     content = stream.read(length)
     if len(content) < length:
         raise _CutShortError
@@ -235,7 +247,7 @@ def _read_string(stream: BinaryIO, longest: int) -> str:
 
 def _read_value(stream: BinaryIO, kind: int, size: int, depth: int = 0) -> Any:
     if kind == _STRING:
-        return _read_string(stream, size)
+        return _read_string(stream, size, _CutShortError)
     if kind in _SCALARS:
         return _unpack(stream, _SCALARS[kind])[0]
     if kind != _ARRAY:
@@ -244,7 +256,7 @@ def _read_value(stream: BinaryIO, kind: int, size: int, depth: int = 0) -> Any:
         raise ValueError(f"lists in lists, more than {_DEEPEST} deep")
     inner, count = _unpack(stream, "IQ")
     if count > size:
-        raise ValueError(f"a list of {count:,} values")
+        raise _CutShortError(f"a list of {count:,} values")
     if inner in _SCALARS:
         return list(_unpack(stream, f"{count}{_SCALARS[inner]}"))
     return [_read_value(stream, inner, size, depth + 1) for _ in range(count)]

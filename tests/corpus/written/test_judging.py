@@ -8,6 +8,7 @@ from dskd.corpus.written import judging
 from dskd.corpus.written.judging import (
     KEPT,
     NO_SENTENCE,
+    REFUSAL,
     REPEATS,
     TOO_SHORT,
     WITHOUT_WORD,
@@ -16,6 +17,7 @@ from dskd.corpus.written.judging import (
     judge,
     repeated_share,
     whole_sentences,
+    without_announcement,
     write_senses,
 )
 from dskd.lexicon.wordnet import open_wordnet
@@ -37,6 +39,23 @@ from dskd.lexicon.wordnet import open_wordnet
 )
 def test_a_text_is_cut_after_its_last_whole_sentence(text, cut):
     assert whole_sentences(text) == cut
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ('Sure! Here is a text with the word "hot":\n\nIt was hot.', "It was hot."),
+        ('Sure! Here is a text with the word "hot": It was hot.', "It was hot."),
+        ("Certainly, here’s a short paragraph:\nIt was hot.", "It was hot."),
+        ("**A hot day:**\n\nIt was hot.", "It was hot."),
+        ("He had one wish: water. It was hot.", "He had one wish: water. It was hot."),
+        ("It was hot. He asked:\n- for water\n- for ice", "It was hot. He asked:\n- for water\n- for ice"),
+        ('Here is a text with the word "hot":', 'Here is a text with the word "hot":'),
+        ("It was hot.\nHe said: go.", "It was hot.\nHe said: go."),
+    ],
+)
+def test_the_announcement_of_a_text_is_no_part_of_it(text, rest):
+    assert without_announcement(text) == rest
 
 
 def test_repetition_is_the_share_of_word_groups_that_came_before():
@@ -65,6 +84,14 @@ def _lemmas(form, part_of_speech):
         ("", "river", "n", NO_SENTENCE),
         ("...", "river", "n", NO_SENTENCE),
         ("A river is a river is a river is a river.", "river", "n", REPEATS),
+        ("I'm sorry, but I cannot write a text with the word river.", "river", "n", REFUSAL),
+        ("I’m sorry.", "river", "n", REFUSAL),
+        ("As an AI language model, I have never seen a river.", "river", "n", REFUSAL),
+        ("Unfortunately, I can't provide a text about a river.", "river", "n", REFUSAL),
+        ("I am not able to assist with the word river.", "river", "n", REFUSAL),
+        ("I can't believe how cold the river is today.", "river", "n", KEPT),
+        ("As an aid to sailors, the river has lights.", "river", "n", KEPT),
+        ('"I\'m sorry," he said, and went back to the river.', "river", "n", KEPT),
     ],
 )
 def test_outcomes(text, word, part, outcome):

@@ -6,7 +6,7 @@ from tiny_models import word_tokenizer
 from tiny_wordnet import write_wordnet
 
 from dskd.config import CorpusConfig
-from dskd.corpus.written.prompts import Prompter
+from dskd.corpus.written.prompts import THOUGHTS, Prompter
 from dskd.corpus.written.requests import Request, Sense, find_senses, make_requests
 from dskd.errors import UserError
 from dskd.lexicon.wordnet import open_wordnet
@@ -78,11 +78,33 @@ def test_special_tokens_are_written_once(tmp_path):
 def test_only_the_first_paragraph_of_a_base_models_text_is_its_answer():
     tokenizer = word_tokenizer(["bank"])
     text = "  One.\nStill one.\n\nAnother text."
-    assert Prompter(tokenizer, 0).answer(text) == "One.\nStill one."
+    assert Prompter(tokenizer, 0).answer(text, BANK) == "One.\nStill one."
     tokenizer.chat_template = CHAT_TEMPLATE
-    assert Prompter(tokenizer, 0).answer(text) == "One.\nStill one.\n\nAnother text."
-    assert Prompter(tokenizer, 0).answer("<think>How?</think>\n\nSo.") == "So."
-    assert Prompter(tokenizer, 0).answer("half \ud800 a pair") == ""
+    assert Prompter(tokenizer, 0).answer(text, BANK) == "One.\nStill one.\n\nAnother text."
+    assert Prompter(tokenizer, 0).answer("half \ud800 a pair", BANK) == ""
+
+
+def test_thoughts_are_no_part_of_an_answer_whether_they_end_or_not():
+    tokenizer = word_tokenizer(["bank"])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    chat = Prompter(tokenizer, 0)
+    assert chat.answer("<think>How?</think>\n\nSo.", BANK) == "So."
+    assert chat.answer("<think>\nOkay, the user wants a bank. It", BANK) == THOUGHTS
+    assert chat.answer("<think>One.</think>Two.<think>Three.", BANK) == THOUGHTS
+
+
+def test_thoughts_that_begin_in_the_prompt_are_no_answer():
+    tokenizer = word_tokenizer(["bank"])
+    tokenizer.chat_template = CHAT_TEMPLATE + "<think>\n"
+    chat = Prompter(tokenizer, 0)
+    assert chat.answer("Okay, the user wants a bank. It", BANK) == THOUGHTS
+    assert chat.answer("Okay.\n</think>\n\nThe bank.", BANK) == "The bank."
+    # As in Qwen3: the template closes the thoughts itself if none are wanted.
+    tokenizer.chat_template = (
+        CHAT_TEMPLATE + "<think>\n{% if enable_thinking is defined and not enable_thinking %}</think>{% endif %}"
+    )
+    assert chat.answer("The bank.", BANK) == "The bank."
+    assert chat.answer("The bank.", BANK, may_think=True) == THOUGHTS
 
 
 def test_a_template_that_refuses_the_question_is_named():

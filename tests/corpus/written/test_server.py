@@ -16,6 +16,7 @@ from dskd.artifacts.manifest import read_manifest
 from dskd.config.reading import load_config
 from dskd.corpus.build import build_corpus
 from dskd.corpus.written import blocks, server
+from dskd.corpus.written import write as writing
 from dskd.corpus.written.write import write_texts
 from dskd.errors import OutageError, UserError
 
@@ -165,6 +166,7 @@ def test_many_requests_at_a_time_and_every_answer_in_its_place(tmp_path, running
     assert running.most_at_once == 8
     body = running.asked[0]
     assert (body["model"], body["temperature"], body["top_p"], body["max_tokens"]) == ("teacher", 0.6, 0.95, 20)
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
     assert read_manifest(config.path("written"), "written").facts["server_model"] == "teacher"
     build_corpus(config)
     assert read_manifest(config.path("corpus"), "corpus").facts["senses"]["with_text"] == NUM_SENSES
@@ -227,8 +229,6 @@ def test_an_outage_keeps_the_blocks_that_are_written_and_the_next_run_continues(
         ),
         ((403, "no"), "403: no"),
         ((404, {"error": {"message": "The model `x` does not exist."}}), "is not there .*does not exist.*now teacher"),
-        ((400, {"error": {"message": "max_tokens is too large"}}), "refuses the request .400: max_tokens is too large"),
-        ((422, {"detail": "Unexpected keys: {'seed'}"}), "422: Unexpected keys"),
         ((307, "", {"Location": "http://elsewhere"}), "307"),
     ],
 )
@@ -241,6 +241,80 @@ def test_a_refusal_ends_the_run_at_once(tmp_path, running, monkeypatch, reply, m
     assert len(running.asked) == 1
     assert running.keys == {"Bearer sekret"}
     assert "sekret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ((400, {"error": {"message": "max_tokens is too large"}}), "refuses the request .400: max_tokens is too large"),
+        ((422, {"detail": "Unexpected keys: {'seed'}"}), "422: Unexpected keys"),
+    ],
+)
+def test_a_request_that_is_not_understood_is_sent_once_more_without_the_wish_for_no_thoughts(
+    tmp_path, running, reply, message
+):
+    running.replies = lambda number: reply
+    with pytest.raises(UserError, match=message):
+        write_texts(_config(tmp_path, running, "corpus.server_requests=1"), ONE_RANK)
+    assert ["chat_template_kwargs" in body for body in running.asked] == [True, False]
+
+
+def test_a_server_that_refuses_the_wish_for_no_thoughts_gets_it_once(tmp_path, running):
+    running.replies = lambda number: (422, {"detail": "Unexpected keys"}) if number == 0 else None
+    config = _config(tmp_path, running, "corpus.server_requests=1")
+    write_texts(config, ONE_RANK)
+    _check_whole(config)
+    assert ["chat_template_kwargs" in body for body in running.asked] == [True] + [False] * 4 * NUM_SENSES
+
+
+def test_thoughts_of_a_server_become_no_document(tmp_path, running):
+    cut, whole = _completion(None), _completion("The car of an owner is here.")
+    cut["choices"][0]["message"]["reasoning_content"] = "A car. It is hot."
+    whole["choices"][0]["message"]["reasoning"] = "A car. It is hot."
+    running.replies = {
+        0: (200, _completion("<think>A car. It is hot. The user wants a")),
+        1: (200, cut),
+        2: (200, whole),
+        3: (200, _completion("<think>A car.</think> The car of an owner is here.")),
+    }.get
+    config = _config(tmp_path, running, "corpus.server_requests=1")
+    write_texts(config, ONE_RANK)
+    assert [row["text"] for row in _texts(config)][:4] == ["<think>"] * 2 + ["The car of an owner is here."] * 2
+    build_corpus(config)
+    outcomes = read_manifest(config.path("corpus"), "corpus").facts["senses"]["outcomes"]
+    assert outcomes["only thoughts"] == 2
+
+
+def test_a_server_with_another_model_does_not_continue_the_texts_of_the_first(tmp_path, running, monkeypatch):
+    monkeypatch.setattr(blocks, "_SMALLEST", 8)
+    config = _config(tmp_path, running, "corpus.server_requests=1")
+    running.replies = lambda number: (404, {"error": "no such model"}) if number >= 20 else None
+    with pytest.raises(UserError, match="no such model"):
+        write_texts(config, ONE_RANK)
+    running.models, running.replies = ["other"], lambda number: None
+    asked = len(running.asked)
+    with pytest.raises(UserError, match=r"now has the model other, and teacher has written the texts so far; start"):
+        write_texts(config, ONE_RANK)
+    assert len(running.asked) == asked
+    running.models = ["teacher"]
+    write_texts(config, ONE_RANK)
+    _check_whole(config)
+
+
+def test_the_manifest_names_the_model_if_no_block_was_left_to_write(tmp_path, running, monkeypatch):
+    config = _config(tmp_path, running)
+    with monkeypatch.context() as context:
+        context.setattr(writing, "_publish", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_texts(config, ONE_RANK)
+    asked, running.models = len(running.asked), ["other"]
+    write_texts(config, ONE_RANK)
+    assert len(running.asked) == asked
+    assert read_manifest(config.path("written"), "written").facts["server_model"] == "teacher"
+
+
+def _stop(*_):
+    raise KeyboardInterrupt
 
 
 def test_a_missing_key_is_named(tmp_path, running):

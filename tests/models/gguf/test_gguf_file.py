@@ -6,6 +6,8 @@ import pytest
 from gguf_files import write_gguf
 from gguf_teachers import assert_refused
 
+from dskd.models import smollm2
+
 
 @pytest.mark.parametrize("share", [0.001, 0.01, 0.5, 0.999999])
 def test_a_file_that_is_cut_short_is_refused_before_anything_is_loaded(tmp_path, share):
@@ -23,6 +25,8 @@ def test_what_is_no_gguf_model_is_refused(tmp_path):
     path.mkdir()
     assert_refused(path, "this is a folder")
     path.rmdir()
+    path.touch()
+    assert_refused(path, "the file is empty; download it again")
     path.write_bytes(b"PK\x03\x04 some zip file")
     assert_refused(path, "this is not a GGUF file: it begins with b'PK\\x03\\x04'")
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\n")
@@ -66,8 +70,21 @@ def test_damage_in_the_list_of_keys_is_named(tmp_path):
         assert_refused(path, f"the file is cut short: it has only {length} bytes")
     path.write_bytes(_keys_only(struct.pack("<I", 77)))
     assert_refused(path, "damaged (some.key: a value of type 77, which GGUF does not have)")
+    path.write_bytes(_keys_only(struct.pack("<IIQ", 9, 8, 49_152) + bytes(5000 - 56)))
+    assert_refused(
+        path, "cut short or damaged: some.key: a list of 49,152 values in a file of 5,000 bytes; download it again"
+    )
+    path.write_bytes(_keys_only(struct.pack("<IQ", 8, 6000) + bytes(5000 - 52)))
+    assert_refused(path, "cut short or damaged: some.key: a text of 6,000 bytes in a file of 5,000 bytes")
     path.write_bytes(_keys_only(struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000))
     assert_refused(path, "damaged (some.key: lists in lists, more than")
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.5])
+def test_the_quickstarts_teacher_is_fetched_again_if_it_is_cut_short(tmp_path, share):
+    path = write_gguf(tmp_path / smollm2.NAME).path
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    assert_refused(path, f"fetch it again: `dskd smollm2 --to {path}`")
 
 
 def _keys_only(value):
