@@ -51,12 +51,15 @@ def _save_pretrained(folder, *, words=WORDS, **sizes):
 def test_a_pretrained_student_is_a_copy_that_stays_when_the_model_changes(tmp_path):
     model, config = _save_pretrained(tmp_path / "pretrained"), _config(tmp_path)
     (tmp_path / "pretrained" / "chat_template.jinja").write_text("own")
+    values = json.loads((tmp_path / "pretrained" / "config.json").read_text())
+    (tmp_path / "pretrained" / "config.json").write_text(json.dumps({**values, "_name_or_path": "/home/me/model"}))
     build_student(config)
     shutil.rmtree(tmp_path / "pretrained")
     student = find_student(config)
     ids = torch.arange(10).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(student.path)(ids).logits, model(ids).logits)
+    assert "_name_or_path" not in json.loads((student.path / "config.json").read_text())
     assert student.load_tokenizer()("w3 w99")["input_ids"] == word_tokenizer(WORDS)("w3 w99")["input_ids"]
     assert (student.path / "chat_template.jinja").read_text() == "own"
     manifest = read_manifest(student.path, "student")
