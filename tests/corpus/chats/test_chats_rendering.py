@@ -32,7 +32,7 @@ def _call(name):
 
 TWO_CALLS = [
     *turns(("u", "Rome?")),
-    {"role": "assistant", "content": "Let me look.", "tool_calls": [_call("weather"), _call("weather")]},
+    {"role": "assistant", "content": "Let me look.", "tool_calls": [_call("weather"), _call("time")]},
 ]
 
 
