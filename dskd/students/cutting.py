@@ -81,11 +81,7 @@ def build_cut_student(config: Config, teacher: ModelFolder) -> None:
 
 def without_place(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values of a config.json without the path of a machine from which the model was loaded once."""
-    return {
-        key: without_place(value) if isinstance(value, dict) else value
-        for key, value in values.items()
-        if key != "_name_or_path"
-    }
+    return {key: value for key, value in values.items() if key != "_name_or_path"}
 
 
 def copy_other_files(source: ModelFolder, target: Path) -> None:

@@ -77,7 +77,7 @@ def test_an_export_has_no_path_from_which_its_models_were_loaded(tmp_path):
     student, tokenizer = _student(tmp_path / "student", SMOLLM)
     secret = "/home/me/secret/model"
     for name, more in (
-        ("config.json", {"_name_or_path": secret, "text_config": {"_name_or_path": secret}}),
+        ("config.json", {"_name_or_path": secret}),
         ("tokenizer_config.json", {"name_or_path": secret, "special_tokens_map_file": secret}),
     ):
         file = student.path / name
