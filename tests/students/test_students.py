@@ -278,6 +278,39 @@ def test_layers_that_a_pretrained_student_lacks_are_refused_before_it_is_copied(
     assert not [path for path in (tmp_path / "work").iterdir() if not path.name.startswith(".")]
 
 
+@pytest.mark.usefixtures("teacher")
+def test_more_trained_layers_than_a_pretrained_student_has_are_refused_before_it_is_copied(tmp_path):
+    _save_pretrained(tmp_path / "pretrained")
+    config = _config(tmp_path, student={"path": str(tmp_path / "pretrained"), "train_layers": 4})
+    message = r"student\.train_layers: at most 3 can be trained, because the student has 3 layers; found 4; set it to 3"
+    with pytest.raises(UserError, match=message):
+        build_student(config)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
+    with pytest.raises(UserError, match=message):
+        run_pipeline(tmp_path / "config.yaml", ["corpus.source=wordnet"])
+    assert not [path for path in (tmp_path / "work").iterdir() if not path.name.startswith(".")]
+    build_student(_config(tmp_path, student={"path": str(tmp_path / "pretrained"), "train_layers": 3}))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (["student.layers=5"], "the teacher has 4 layers, so the student cannot keep 5"),
+        (["student.layers=[0, 4]", "student.train_layers=1"], r"layers 0 to 3, so there is no \[4\]"),
+        (["student.layers=4", "student.spacing=importance"], "keeps all of the teacher's 4"),
+    ],
+)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.usefixtures("teacher")
+def test_layers_that_the_teacher_lacks_are_refused_before_work_begins(tmp_path, layers, message, trained):
+    teacher = {"train_from_scratch": {"num_layers": 4}} if trained else {"path": str(tmp_path / "teacher")}
+    config = {"workdir": str(tmp_path / "work"), "teacher": teacher}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=message):
+        run_pipeline(tmp_path / "config.yaml", layers, until="lexicon")
+    assert not [path for path in (tmp_path / "work").iterdir() if not path.name.startswith(".")]
+
+
 def test_the_default_inner_width_is_that_of_llama():
     values = config_values(NewStudentConfig(layers=1, hidden_size=288, heads=6), 100, 64)
     assert values["intermediate_size"] == 768
