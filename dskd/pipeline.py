@@ -46,6 +46,7 @@ from dskd.senses import build as senses
 from dskd.shards.recipe import open_inputs, stale_splits
 from dskd.students import student
 from dskd.students.copies import copies_are_current
+from dskd.students.spacing import require_layers
 from dskd.training import checkpoint, inputs, teacher_from_scratch
 from dskd.training.exporting import export
 
@@ -80,6 +81,8 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     if config.student.path is not None:
         pretrained = find_pretrained_student(config)  # likewise, and if it lacks layers that are to be trained
         trained_layers(config.student, pretrained.load_config().num_hidden_layers)
+    if config.teacher.train_from_scratch is not None:
+        require_layers(config.student, config.teacher.train_from_scratch.num_layers)  # before the teacher is trained
     stages = plan_stages(config, path, overrides, teacher)
     if until is not None:
         names = [stage.name for stage in stages]
@@ -94,6 +97,7 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
             continue
         if not is_checked and stage.name != kinds.TEACHER.name:
             check_architecture(teacher(), config.corpus)
+            require_layers(config.student, teacher().load_config().num_hidden_layers)
             is_checked = True
         if current:
             say(f"up to date: {', '.join(current)}")

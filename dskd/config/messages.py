@@ -14,6 +14,7 @@ from dskd.config import Config, Section
 _EXPECTED = {
     "list_type": "a list, such as [a, b]",
     "tuple_type": "a list, such as [a, b]",
+    "too_short": "a list with at least one entry",  # no list needs more
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",

@@ -208,18 +208,20 @@ class StudentConfig(Section):
         """The number of the teacher's last layers that stay with `ends` and `importance`.
 
         It is the number of the student's last layers that are trained: of the trained layers in a list, those that
-        follow each other up to the last. If none or all are trained, it is 2, or less so that a lowest layer is left.
+        follow each other up to the student's last. If its last layer is not trained, or all are, it is 2, or less so
+        that a lowest layer is left.
         """
         trained = self.train_layers
         if isinstance(trained, tuple):
-            count = next(count for count in range(1, len(trained) + 1) if max(trained) - count not in trained)
+            last = self.num_layers - 1
+            count = next(count for count in range(len(trained) + 1) if last - count not in trained)
         else:
             count = 0 if trained == "all" else trained
         return count if 0 < count < self.num_layers else min(2, self.num_layers - 1)
 
     def problems(self) -> Iterator[str]:
-        """Yields messages about keys for different students, layers that are not in order, trained layers that the
-        student lacks, nothing to train, and keys of another spacing.
+        """Yields messages about keys for different students, layers that are not in order, trained layers that are
+        repeated or that the student lacks, nothing to train, and keys of another spacing.
         """
         if self.origin == "cut":
             yield from self.keys_without_use("student", "spacing", {("importance",): ("importance_samples",)})
@@ -231,13 +233,15 @@ class StudentConfig(Section):
         yield from self._misplaced_keys()
         if self.train_layers == 0 and not (self.train_embeddings or self.train_final_norm or self.train_lm_head):
             yield "nothing would be trained; set train_layers to 1 or more"
+        trained = self.train_layers
+        if isinstance(trained, tuple) and len(different := sorted(set(trained))) < len(trained):
+            yield f"train_layers: expected different layers, such as {different}, found {[*trained]}"
         if self.origin == "path":  # the number of its layers is not known yet
             return
         kept = self.num_layers if self.from_config is None else self.from_config.layers
         if isinstance(self.layers, tuple) and list(self.layers) != (ascending := sorted(set(self.layers))):
             yield f"layers: expected different layers in ascending order, such as {ascending}, found {[*self.layers]}"
             kept = len(ascending)
-        trained = self.train_layers
         if isinstance(trained, int) and trained > kept:
             reason = "`layers` keeps" if self.origin == "cut" else "from_config.layers is"
             yield f"train_layers: at most {kept} can be trained, because {reason} {kept}; found {trained}"

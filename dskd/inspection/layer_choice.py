@@ -34,6 +34,11 @@ def explain_layers(config: Config) -> str:
         )
     teacher = find_teacher(config)
     count = teacher.load_config().num_hidden_layers
+    if student.num_layers == count:
+        raise UserError(
+            f"--explain: student.layers keeps all of the teacher's {count} layers, so nothing would be removed; set "
+            f"student.layers to {count - 1} or less"
+        )
     size = num_removed_layers(student, count)
     importance = measure_importance(config, teacher, size)
     choices = choices_of(student, importance)

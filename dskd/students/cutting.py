@@ -6,6 +6,7 @@ against its architecture and, unless it is large, loaded with transformers and c
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def build_cut_student(config: Config, teacher: ModelFolder) -> None:
         layers = choose_layers(config.student, full.num_hidden_layers, importance)
         with build_artifact(target, recipe(config, teacher)) as building:
             cut_values = cut_config(values, layers, full.to_dict()) | attention_key(full)
-            write_json(building.folder / "config.json", cut_values)
+            write_json(building.folder / "config.json", without_place(cut_values))
             copy_other_files(teacher, building.folder)
             student = ModelFolder(building.folder, "", "", teacher.trust_remote_code)
             check_kinds(whole, empty_model(student), layers)
@@ -76,6 +77,11 @@ def build_cut_student(config: Config, teacher: ModelFolder) -> None:
             if importance is not None:
                 building.facts["importance"] = importance.as_facts()
         say(f"  the teacher's layers {as_text(layers)}; {size_bytes / 1e6:,.1f} MB")
+
+
+def without_place(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of a config.json without the path of a machine from which the model was loaded once."""
+    return {key: value for key, value in values.items() if key != "_name_or_path"}
 
 
 def copy_other_files(source: ModelFolder, target: Path) -> None:

@@ -17,7 +17,7 @@ from dskd.models.limits import vocabulary_size
 from dskd.models.stored_names import check_stored_tensors
 from dskd.models.trained import choose_trained
 from dskd.models.weights import TensorReader, write_weights
-from dskd.students.cutting import copy_other_files, load_if_small
+from dskd.students.cutting import copy_other_files, load_if_small, without_place
 from dskd.students.same_tokenizer import require_same_tokenizer
 
 
@@ -45,7 +45,7 @@ def build_pretrained_student(config: Config, teacher: ModelFolder) -> None:
         _require_all_tokens(teacher, source)
         choose_trained(model, config.student)  # refuses layers that it lacks
         with build_artifact(target, recipe(config, teacher)) as building:
-            values = source.config_values() | attention_key(source.load_config())
+            values = without_place(source.config_values() | attention_key(source.load_config()))
             write_json(building.folder / "config.json", values)
             copy_other_files(source, building.folder)
             size = write_weights(building.folder, reader, {name: name for name in reader.names})

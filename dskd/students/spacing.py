@@ -89,6 +89,20 @@ def choose_layers(student: StudentConfig, num_layers: int, importance: Importanc
     return [*range(begin), *range(begin + num_layers - layers, num_layers)]
 
 
+def require_layers(student: StudentConfig, num_layers: int) -> None:
+    """Checks that a teacher with `num_layers` layers has those that the student keeps, if it is cut from the teacher.
+
+    Raises:
+        UserError: when it lacks some, or `importance` has nothing to remove.
+    """
+    if student.origin != "cut":
+        return
+    if student.is_measured:
+        require_removable(student, num_layers)
+    else:
+        choose_layers(student, num_layers)
+
+
 def _require_enough(kept: int, num_layers: int) -> None:
     """Refuses a student that keeps more layers than the teacher has."""
     if kept > num_layers:

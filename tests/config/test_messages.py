@@ -20,6 +20,11 @@ from dskd.errors import UserError
         ("runs=[a]", "runs: expected the name of each run with the keys in which it differs, such as kd: {}"),
         ("lexicon.tsv=a.tsv", 'lexicon.tsv: expected a list, such as [a, b], found "a.tsv"'),
         ("student.layers=x", 'student.layers: expected a whole number, or a list, such as [a, b], found "x"'),
+        (
+            "student.train_layers=[]",
+            "student.train_layers: expected 'all', or a whole number, or a list with at least one entry, found []",
+        ),
+        ("corpus.tasks=[]", "corpus.tasks: expected a list with at least one entry, found []"),
         ("train.steps=1.5", "train.steps: expected a whole number, found 1.5"),
         ("loss.margin=x", 'loss.margin: expected a number, found "x"'),
         ("loss.margin=-1", "loss.margin: expected a number greater than or equal to 0, found -1"),

@@ -85,6 +85,15 @@ def test_a_student_of_which_nothing_is_trained_is_refused(tmp_path, student):
         load_config(path, [f"student.{part}=true"])
 
 
+@pytest.mark.parametrize("student", [{"layers": 4}, {"path": "a/b"}, {"from_config": {**NEW, "layers": 4}}])
+def test_a_trained_layer_is_named_once(tmp_path, student):
+    path = write_yaml(tmp_path, {**MINIMAL, "student": student})
+    message = r"student: train_layers: expected different layers, such as \[1, 3\], found \[3, 1, 3\]"
+    with pytest.raises(UserError, match=message):
+        load_config(path, ["student.train_layers=[3, 1, 3]"])
+    assert load_config(path, ["student.train_layers=[3, 1]"]).student.train_layers == (3, 1)
+
+
 @pytest.mark.parametrize("samples", [[], ["student.importance_samples=9"]])
 def test_importance_chooses_layers_so_a_list_of_them_is_refused(tmp_path, samples):
     path = write_yaml(tmp_path, {**MINIMAL, "student": {"layers": [0, 1], "spacing": "importance"}})

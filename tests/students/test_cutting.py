@@ -132,6 +132,19 @@ def test_layers_that_would_be_of_another_kind_are_refused(tmp_path):
     assert not (tmp_path / "work" / "student").exists()
 
 
+def test_a_student_does_not_say_from_which_path_its_teacher_was_loaded(tmp_path):
+    save_model(tmp_path / "teacher")
+    values = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps({**values, "_name_or_path": "/home/me/model"}))
+    config = Config(
+        workdir=str(tmp_path / "work"),
+        teacher={"path": str(tmp_path / "teacher")},
+        student={"layers": 2, "train_layers": 1},
+    )
+    build_student(config)
+    assert "/home/me" not in (tmp_path / "work" / "student" / "config.json").read_text()
+
+
 def test_an_adapters_config_next_to_merged_weights_is_not_copied(tmp_path):
     save_model(tmp_path / "teacher")
     (tmp_path / "teacher" / "adapter_config.json").write_text('{"peft_type": "LORA"}')

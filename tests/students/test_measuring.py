@@ -121,7 +121,7 @@ def test_explain_shows_what_each_way_would_keep_and_cuts_nothing(copy_of_tiny, d
     [
         (("teacher",), MEASURED, "measured on training sequences, but .*/sequences: there are no sequences here; make"),
         (("corpus",), MEASURED, "teacher: there is no teacher here; make it with `python launcher/pipeline.py"),
-        (BEFORE, (*MEASURED, "student.layers=4"), "student.layers keeps all of the teacher's 4; set"),
+        (BEFORE, (*MEASURED, "student.layers=4"), "student.layers keeps all of the teacher's 4"),
         (BEFORE, ("student.importance_samples=9",), "student.importance_samples needs spacing: importance"),
     ],
 )
@@ -133,6 +133,16 @@ def test_what_cannot_be_measured_is_refused(copy_of_tiny, dskd, artifacts, optio
     assert re.search(message, error), error
     assert "Traceback" not in error
     assert not load_config(path).path("student").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("student.spacing=importance",), ("student.spacing=first",)])
+def test_explain_names_the_number_of_layers_if_nothing_would_be_removed(copy_of_tiny, dskd, options):
+    path = copy_of_tiny(*BEFORE)
+    code, _, error = dskd("student", "--config", path, "--explain", "student.layers=4", *options)
+    assert code == 2
+    message = "student.layers keeps all of the teacher's 4 layers, so nothing would be removed; set student.layers to 3"
+    assert f"--explain: {message} or less" in error, error
+    assert "student.spacing" not in error
 
 
 def test_a_student_that_is_not_cut_is_not_explained(copy_of_tiny, dskd):

@@ -20,7 +20,11 @@ from dskd.students.spacing import Importance, choose_layers
         (5, (3, 4), [0, 1, 2, 8, 9]),
         (5, (0, 4), [0, 1, 2, 3, 9]),
         (5, (4, 0, 2, 3), [0, 1, 7, 8, 9]),
-        # None or all trained: the last two stay, and always a lowest one.
+        (4, (1, 3), [0, 1, 2, 9]),
+        # The last is not trained, or all are: the last two stay, and always a lowest one.
+        (4, (1,), [0, 1, 8, 9]),
+        (5, (0, 1, 2), [0, 1, 2, 8, 9]),
+        (5, (2, 3), [0, 1, 2, 8, 9]),
         (5, 0, [0, 1, 2, 8, 9]),
         (5, "all", [0, 1, 2, 8, 9]),
         (5, 5, [0, 1, 2, 8, 9]),
@@ -90,3 +94,5 @@ def test_recipes_have_the_keys_that_choose_the_layers_and_no_others():
     assert settings(layers=4) == ({}, {"layers": 4, "spacing": "ends", "last_layers": 2})
     assert settings(layers=4, train_layers=(2, 3)) == settings(layers=4, train_layers="all") == settings(layers=4)
     assert settings(layers=4, train_layers=1) != settings(layers=4)
+    assert settings(layers=4, train_layers=(0, 3)) == settings(layers=4, train_layers=1)
+    assert settings(layers=4, train_layers=(1,)) == settings(layers=4)

@@ -51,12 +51,15 @@ def _save_pretrained(folder, *, words=WORDS, **sizes):
 def test_a_pretrained_student_is_a_copy_that_stays_when_the_model_changes(tmp_path):
     model, config = _save_pretrained(tmp_path / "pretrained"), _config(tmp_path)
     (tmp_path / "pretrained" / "chat_template.jinja").write_text("own")
+    values = json.loads((tmp_path / "pretrained" / "config.json").read_text())
+    (tmp_path / "pretrained" / "config.json").write_text(json.dumps({**values, "_name_or_path": "/home/me/model"}))
     build_student(config)
     shutil.rmtree(tmp_path / "pretrained")
     student = find_student(config)
     ids = torch.arange(10).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(student.path)(ids).logits, model(ids).logits)
+    assert "_name_or_path" not in json.loads((student.path / "config.json").read_text())
     assert student.load_tokenizer()("w3 w99")["input_ids"] == word_tokenizer(WORDS)("w3 w99")["input_ids"]
     assert (student.path / "chat_template.jinja").read_text() == "own"
     manifest = read_manifest(student.path, "student")
@@ -272,6 +275,39 @@ def test_layers_that_a_pretrained_student_lacks_are_refused_before_it_is_copied(
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
     with pytest.raises(UserError, match=message):
         run_pipeline(tmp_path / "config.yaml", ["corpus.source=wordnet"])
+    assert not [path for path in (tmp_path / "work").iterdir() if not path.name.startswith(".")]
+
+
+@pytest.mark.usefixtures("teacher")
+def test_more_trained_layers_than_a_pretrained_student_has_are_refused_before_it_is_copied(tmp_path):
+    _save_pretrained(tmp_path / "pretrained")
+    config = _config(tmp_path, student={"path": str(tmp_path / "pretrained"), "train_layers": 4})
+    message = r"student\.train_layers: at most 3 can be trained, because the student has 3 layers; found 4; set it to 3"
+    with pytest.raises(UserError, match=message):
+        build_student(config)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
+    with pytest.raises(UserError, match=message):
+        run_pipeline(tmp_path / "config.yaml", ["corpus.source=wordnet"])
+    assert not [path for path in (tmp_path / "work").iterdir() if not path.name.startswith(".")]
+    build_student(_config(tmp_path, student={"path": str(tmp_path / "pretrained"), "train_layers": 3}))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (["student.layers=5"], "the teacher has 4 layers, so the student cannot keep 5"),
+        (["student.layers=[0, 4]", "student.train_layers=1"], r"layers 0 to 3, so there is no \[4\]"),
+        (["student.layers=4", "student.spacing=importance"], "keeps all of the teacher's 4"),
+    ],
+)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.usefixtures("teacher")
+def test_layers_that_the_teacher_lacks_are_refused_before_work_begins(tmp_path, layers, message, trained):
+    teacher = {"train_from_scratch": {"num_layers": 4}} if trained else {"path": str(tmp_path / "teacher")}
+    config = {"workdir": str(tmp_path / "work"), "teacher": teacher}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=message):
+        run_pipeline(tmp_path / "config.yaml", layers, until="lexicon")
     assert not [path for path in (tmp_path / "work").iterdir() if not path.name.startswith(".")]
 
 

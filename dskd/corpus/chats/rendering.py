@@ -13,13 +13,14 @@ Shapes: n tokens of a chat.
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
+from dskd.console import warn
 from dskd.corpus.chats.special_tokens import SpecialTokens
 from dskd.corpus.chats.turns import ASSISTANT, Chat, ChatError, Message
 from dskd.lexicon.reading import is_storable
@@ -27,6 +28,9 @@ from dskd.lexicon.reading import is_storable
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _REMEDY = "use a chat template with the marks {% generation %} and {% endgeneration %} around answers"
 _SHOWN_CHARACTERS = 40
+_NEAR_TOKENS = 8  # the end of a turn follows its answer within so many tokens
+# Keys of turns that are checked in other ways, or that only say to which call a result belongs.
+_OTHER_KEYS = ("role", "content", "tool_calls", "tool_call_id")
 # Some templates write the date into the system prompt, and would write another corpus every day.
 _DATE = datetime(2024, 7, 26, tzinfo=UTC)
 TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "26 Jul 2024", "strftime_now": _DATE.strftime}
@@ -51,7 +55,10 @@ class ChatWriter:
         self._tokenizer = tokenizer
         self._answers_only = answers_only
         self._added_tokens = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special_ids = special | set(tokenizer.all_special_ids)
         self._special = SpecialTokens(tokenizer)
+        self._has_warned = False
 
     def write(self, chat: Chat) -> WrittenChat | None:
         """Returns a chat as text and tokens; None if it has characters that are not text (a NUL or half a surrogate
@@ -73,8 +80,10 @@ class ChatWriter:
         if self._answers_only:
             counted[:] = 0
             if _MARK.search(self._tokenizer.get_chat_template(tools=chat.tools)):
-                for first, stop in self._places(text, tokens, self._marked(chat, text)):
+                places = self._places(text, tokens, self._marked(chat, text))
+                for first, stop in places:
                     counted[first:stop] = 1
+                self._warn_of_unmarked_end(tokens, counted, places)
             else:
                 for first, stop in self._places(text, tokens, self._between_beginnings(chat, text)):
                     counted[first : self._end_of_turn(tokens, first, stop)] = 1
@@ -105,19 +114,18 @@ class ChatWriter:
         return tokens
 
     def _require_all_written(self, chat: Chat, text: str) -> None:
-        """Checks that the template writes system turns, tool turns, tool calls and tools, which some leave out."""
+        """Checks that the template writes all that some templates leave out: tools, and the parts of turns that
+        :func:`_without_a_part` names.
+        """
         if chat.tools and not self._differs(chat.messages, None, text):
             raise ChatError("the chat template ignores the chat's tools; use a teacher with a template for tools")
         for index, message in enumerate(chat.messages):
-            other = dict(message)
-            if other.pop("tool_calls", None):
-                kind = "the tool calls"
-            elif message["role"] not in ("user", ASSISTANT) and message["content"].strip():
-                kind, other["content"] = f"the {message['role']} turn", f"{message['content']} and more"
-            else:
-                continue
-            if not self._differs([*chat.messages[:index], other, *chat.messages[index + 1 :]], chat.tools, text):
-                raise ChatError(f"the chat template leaves out {kind} in turn {index + chat.first_number}")
+            for part, other in _without_a_part(message):
+                if not self._differs([*chat.messages[:index], other, *chat.messages[index + 1 :]], chat.tools, text):
+                    raise ChatError(
+                        f"the chat template leaves out {part} in turn {index + chat.first_number}; use a template that "
+                        "writes it, or remove it from the chat"
+                    )
 
     def _differs(self, messages: list[Message], tools: Any, text: str) -> bool:
         """Returns True if the template writes another text than `text`, or refuses the messages."""
@@ -153,14 +161,44 @@ class ChatWriter:
                 )
         return [passage for passage in passages if passage[0] < passage[1]]
 
+    def _warn_of_unmarked_end(self, tokens: list[int], counted: np.ndarray, places: list[tuple[int, int]]) -> None:
+        """Warns, once, if the special token that ends an answer's turn is not between the template's marks."""
+        if self._has_warned:
+            return
+        for first, stop in places:
+            last = self._first_visible(tokens, range(stop - 1, first - 1, -1))
+            following = self._first_visible(tokens, range(stop, min(stop + _NEAR_TOKENS, len(tokens))))
+            if following is None or counted[following] or tokens[following] not in self._special_ids:
+                continue
+            if last is None or tokens[last] not in self._special_ids:
+                self._has_warned = True
+                warn(
+                    f"the marks {{% generation %}} of the chat template do not contain "
+                    f"{self._tokenizer.decode([tokens[following]])!r}, which follows an answer, so the student does "
+                    "not learn to end its turn; put {% endgeneration %} after that token"
+                )
+                return
+
+    def _first_visible(self, tokens: list[int], places: range) -> int | None:
+        """Returns the first of these places whose token is not white space; None if there is none."""
+        return next((place for place in places if self._tokenizer.decode([tokens[place]]).strip()), None)
+
     def _between_beginnings(self, chat: Chat, text: str) -> list[Passage]:
         """Returns the passage of each answer, by writing the chat up to it and up to its end."""
         passages = []
         for index in chat.answers():
             number = index + chat.first_number
             before = f"the turns before turn {number}"
-            prompt = self._text(chat.messages[:index], chat.tools, asks=True, part=before)
-            _require_beginning(prompt, text, f"{before}, with the header that asks for an answer,")
+            try:
+                prompt = self._text(chat.messages[:index], chat.tools, asks=True, part=before)
+                _require_beginning(prompt, text, f"{before}, with the header that asks for an answer,")
+            except ChatError:
+                if index > 0:
+                    raise
+                raise ChatError(
+                    "the chat begins with the assistant, and the chat template writes no prompt for that; remove "
+                    f"turn {number}"
+                ) from None
             up_to = f"the turns up to turn {number}"
             is_last = index + 1 == len(chat.messages)
             whole = text if is_last else self._text(chat.messages[: index + 1], chat.tools, part=up_to)
@@ -209,6 +247,30 @@ class ChatWriter:
         if last is None or self._tokenizer.decode(tokens[last + 1 : stop]).strip():
             return stop
         return last + 1
+
+
+def _without_a_part(message: Message) -> Iterator[tuple[str, Message]]:
+    """Yields the parts of a turn that some templates leave out, each with the turn that lacks it or has another.
+
+    These are what a system turn or a tool turn says, what the assistant says beside tool calls, each tool call, and
+    texts, lists and objects under other keys, such as `reasoning_content` and `name`.
+    """
+    role, content, calls = message["role"], message["content"], message.get("tool_calls", [])
+    if content.strip() and role != "user" and (role != ASSISTANT or calls):
+        part = "the text beside the tool calls" if role == ASSISTANT else f"the {role} turn"
+        yield part, {**message, "content": f"{content} and more"}
+    for index in range(len(calls)):
+        if len(calls) == 1:
+            yield "the tool calls", {key: value for key, value in message.items() if key != "tool_calls"}
+        else:
+            yield f"tool call {index + 1}", {**message, "tool_calls": calls[:index] + calls[index + 1 :]}
+    # The name of a tool that gives a result repeats that of the call.
+    others = {
+        key: value for key, value in message.items() if key not in _OTHER_KEYS and (key, role) != ("name", "tool")
+    }
+    for key, value in others.items():
+        if isinstance(value, str | list | dict) and (value.strip() if isinstance(value, str) else value):
+            yield repr(key), {other: each for other, each in message.items() if other != key}
 
 
 def _require_beginning(beginning: str, text: str, part: str) -> None:

@@ -103,13 +103,24 @@ class ChatColumns:
         if not turns:
             raise ChatError(f"{' and '.join(map(repr, there))} is null; expected a list of turns")
         chats = [
-            [_message(turn, number) for number, turn in enumerate(each, start=1)] for each in turns.values() if each
+            [_message(turn, number, _keys_of(record[key], number)) for number, turn in enumerate(each, start=1)]
+            for key, each in turns.items()
+            if each
         ]
         if not chats:
             raise ChatError(f"{' and '.join(map(repr, turns))} has no turns")
         if any(list(map(_said, chat)) != list(map(_said, chats[0])) for chat in chats):
             raise ChatError(f"{self.named.replace(' or ', ' and ')} are different chats; remove one of them")
         return chats[0]
+
+
+def _keys_of(turns: Any, number: int) -> str:
+    """Returns the keys of turn `number`, and says which are null; for messages. Turns that are JSON have no nulls of
+    tables, so it returns an empty text for them.
+    """
+    if not isinstance(turns, list):
+        return ""
+    return ", ".join(key if value is not None else f"{key} (null)" for key, value in turns[number - 1].items())
 
 
 def _said(message: Message) -> tuple[Any, ...]:
@@ -139,15 +150,15 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
-def _message(turn: Mapping[str, Any], number: int) -> Message:
-    """Returns turn `number`, counted from 1, as a message of a chat template."""
-    has = f"it has {', '.join(turn) or 'no keys'}; expected role and content, or from and value"
+def _message(turn: Mapping[str, Any], number: int, keys: str) -> Message:
+    """Returns turn `number`, counted from 1, as a message of a chat template; `keys` are its keys, for messages."""
+    has = f"it has {keys or ', '.join(turn) or 'no keys'}; expected role and content, or from and value"
+    message = {key: value for key, value in turn.items() if key not in ("from", "value")}
     if "role" in turn:
-        roles, message = {role: role for role in ROLES}, dict(turn)
-        speaker = message["role"]
+        roles, speaker = {role: role for role in ROLES}, turn["role"]
     elif "from" in turn:
-        roles, message = _SPEAKERS, {"content": turn.get("value"), "tool_calls": turn.get("tool_calls")}
-        speaker = turn["from"]
+        roles, speaker = _SPEAKERS, turn["from"]
+        message["content"] = turn.get("value")
     else:
         raise ChatError(f"turn {number} has no speaker: {has}")
     if not isinstance(speaker, str) or speaker not in roles:
@@ -158,7 +169,9 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     calls = message.pop("tool_calls", None)
     if calls:  # an empty list, as tables have, means none
         calls = _decoded(calls, f"{where}: 'tool_calls'")
-        message["tool_calls"] = [_with_arguments(call, where) for call in calls]
+        message["tool_calls"] = [
+            _with_arguments(call, f"{where}: tool call {number}") for number, call in enumerate(calls, start=1)
+        ]
     if message.get("content") is None and message["role"] == ASSISTANT and calls:
         message["content"] = ""  # a turn that only calls tools; templates join its content to texts
     content = message.get("content")
@@ -173,12 +186,16 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
 
 
 def _require_nothing_ignored(turn: Mapping[str, Any], where: str, role: str) -> None:
-    """Raises a ChatError if a turn has keys of both forms that differ, or one that weights it."""
+    """Raises a ChatError if a turn has keys of both forms that differ, one that weights it, or OpenAI's older form of
+    tool calls.
+    """
     if "role" in turn and (other := turn.get("from")) is not None and _role_of(other) != role:
         raise ChatError(f"{where} is also from {other!r}; remove role or from")
     content, value = turn.get("content"), turn.get("value")
     if content is not None and value is not None and content != value:
         raise ChatError(f"{where} has different texts in content and value; remove one of them")
+    if turn.get("function_call"):
+        raise ChatError(f"{where} has function_call, which no chat template reads; write the call under tool_calls")
     for key in _WEIGHTS:
         if (weight := turn.get(key)) is not None and weight != 1:
             raise ChatError(
@@ -193,15 +210,19 @@ def _role_of(speaker: Any) -> str | None:
 
 def _with_arguments(call: dict[str, Any], where: str) -> dict[str, Any]:
     """Returns a tool call with its arguments as an object: OpenAI writes them as JSON, and templates would encode
-    them a second time. `where` names the turn, for messages.
+    them a second time. `where` names the call, for messages. Raises a ChatError if it names no function.
     """
     function = call.get("function", call)
-    if not isinstance(function, Mapping) or not isinstance(arguments := function.get("arguments"), str):
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not name.strip():
+        found = "has no name of a function" if name is None else f"has {name!r} as the name of a function"
+        raise ChatError(f"{where} {found}; expected function.name, a text")
+    if not isinstance(arguments := function.get("arguments"), str):
         return call
     try:
         decoded = {**function, "arguments": DECODER.decode(arguments)}
     except ValueError:
         return call
     except RepeatedKeyError as error:
-        raise ChatError(f"{where}: the arguments of a tool call: {error}") from None
+        raise ChatError(f"{where}: its arguments: {error}") from None
     return {**call, "function": decoded} if "function" in call else decoded

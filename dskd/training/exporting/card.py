@@ -7,6 +7,7 @@ changes the digest by which the results know their model.
 
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,7 +18,7 @@ from dskd.artifacts.files import write_text
 from dskd.losses.terms import TERMS
 from dskd.models.folder import MODEL_CARD_NAME
 from dskd.students.spacing import as_text
-from dskd.training.exporting.licences import obligations
+from dskd.training.exporting.licences import is_link, licence_link, obligations
 
 FACTS = "card"  # of the export's manifest, see :mod:`dskd.training.exporting.card_facts`
 _TEMPLATE = "card.md.jinja"
@@ -74,15 +75,13 @@ def render_card(facts: Mapping[str, Any], packages: Mapping[str, str], results: 
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
     template = environment.from_string(resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8"))
+    versions = [f"{name} {packages[name]}" for name in _VERSIONS if name in packages]
     text = template.render(
         head=_head(facts["run"], card, results).to_yaml(),
         title=f"{facts['run']}: a student of {_teacher_name(card) or 'a larger language model'}",
         summary=_summary(card),
         usage=chat_program(".", card["student"]["has_chat_template"], comment="this folder, or the name on the Hub"),
-        made=[
-            *_made(facts),
-            ("Versions", ", ".join(f"{name} {packages[name]}" for name in _VERSIONS if name in packages)),
-        ],
+        made=[*_made(facts), *([("Versions", ", ".join(versions))] if versions else [])],
         results=results,
         licence=_licence(card),
     )
@@ -123,7 +122,7 @@ def _head(run: str, card: Mapping[str, Any], results: Sequence[Result]) -> Any:
         base_model=bases[0] if len(bases) == 1 else bases or None,
         license=of_licence.get("license"),
         license_name=of_licence.get("license_name"),
-        license_link=of_licence.get("license_link"),
+        license_link=licence_link(of_licence.get("license_link")),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=_TAGS,
@@ -135,7 +134,11 @@ def _head(run: str, card: Mapping[str, Any], results: Sequence[Result]) -> Any:
 
 def _plain(text: Any) -> str:
     """Returns a name from somebody else's file with Markdown and HTML escaped."""
-    return html.escape(str(text), quote=False).replace("`", "'").replace("|", "\\|").replace("[", "\\[")
+    return html.escape(re.sub(r"[\\\[\]*_|]", r"\\\g<0>", str(text)), quote=False).replace("`", "'")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _teacher_name(card: Mapping[str, Any]) -> str:
@@ -151,9 +154,9 @@ def _summary(card: Mapping[str, Any]) -> str:
         else ""
     )
     return (
-        f"A language model of {card['student']['num_layers']} layers, distilled from a larger one, the teacher"
-        f"{with_senses}. It was made with `dskd`. Nobody has examined what it says: expect errors, and the teacher's "
-        "biases."
+        f"A language model of {_counted(card['student']['num_layers'], 'layer')}, distilled from a larger one, the "
+        f"teacher{with_senses}. It was made with `dskd`. Nobody has examined what it says: expect errors, and the "
+        "teacher's biases."
     )
 
 
@@ -171,7 +174,7 @@ def _made(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _teacher(teacher: Mapping[str, Any] | None) -> str:
     if teacher is None:
         return "not known: it was not on the machine that exported the model"
-    what = f"{teacher['architecture']}, {teacher['layers']} layers"
+    what = f"{teacher['architecture']}, {_counted(teacher['layers'], 'layer')}"
     if teacher["origin"] == "scratch":
         return f"trained from scratch on the same text ({what})"
     if teacher["origin"] == "hub":
@@ -185,8 +188,8 @@ def _teacher(teacher: Mapping[str, Any] | None) -> str:
         parts.append(f"of {_plain(teacher['organization'])}")
     if "derived_from" in teacher:
         parts.append(f"made from {', '.join(map(_plain, teacher['derived_from']))}")
-    if "url" in teacher:
-        parts.append(_plain(teacher["url"]))
+    if is_link(teacher.get("url", "")):
+        parts.append(teacher["url"])
     missing = "" if teacher.get("base_model") else f"; {remedy}"
     return f"{', '.join(parts)}: read from a GGUF file, and dequantised ({what}){missing}"
 
@@ -194,7 +197,7 @@ def _teacher(teacher: Mapping[str, Any] | None) -> str:
 def _student(card: Mapping[str, Any]) -> str:
     student, trained = card["student"], _trained(card["training"]["trained"])
     if student["origin"] == "from_config":
-        return f"{student['num_layers']} layers, which began with random weights; {trained}"
+        return f"{_counted(student['num_layers'], 'layer')}, which began with random weights; {trained}"
     if student["origin"] == "path":
         return f"began as {_plain(student.get('name', 'another pretrained model'))}; {trained}"
     of = f" of {card['teacher']['layers']}" if "teacher" in card else ""
@@ -221,12 +224,12 @@ def _text(text: Mapping[str, Any]) -> str:
         name = f"[{_plain(text['dataset'])}](https://huggingface.co/datasets/{text['dataset']})"
     if "benchmarks" in text:
         name += f" ({', '.join(text['benchmarks'])})"
-    return f"{name}; a corpus of {text['documents']:,} documents"
+    return f"{name}; a corpus of {_counted(text['documents'], 'document')}"
 
 
 def _lexicon(lexicon: Mapping[str, Mapping[str, int]]) -> str:
     return "; ".join(
-        f"{_plain(source)} ({', '.join(f'{count:,} {relation} pairs' for relation, count in counts.items())})"
+        f"{_plain(source)} ({', '.join(_counted(count, f'{relation} pair') for relation, count in counts.items())})"
         for source, counts in lexicon.items()
     )
 
@@ -244,7 +247,7 @@ def _loss(loss: Mapping[str, Any]) -> str:
 
 
 def _training(training: Mapping[str, Any], rounding: float | None) -> str:
-    text = f"{training['steps']:,} steps of {training['global_batch_size']} sequences"
+    text = f"{_counted(training['steps'], 'step')} of {_counted(training['global_batch_size'], 'sequence')}"
     if "sequence_length" in training:
         tokens = training["sequences"] * training["sequence_length"]
         text += f" of up to {training['sequence_length']:,} tokens ({tokens:,} in all, at most)"
@@ -268,11 +271,16 @@ def _licence(card: Mapping[str, Any]) -> list[str]:
         paragraphs.append(_of_teacher(teacher or {}))
     if student["origin"] == "path":
         name, asks = obligations(student)
-        known = f"is under {_plain(name)}" if name else "does not state its licence in its files"
-        paragraphs.append(
-            f"The weights began as those of another model, which {known}; that licence applies too"
-            + (f": {asks}." if asks else "; see it.")
-        )
+        began = "The weights began as those of another model"
+        if asks is not None:
+            paragraphs.append(f"{began}, which is under {name}; that licence applies too: {asks}.")
+        elif name:
+            paragraphs.append(f"{began}, whose files name its licence as {_plain(name)}; that licence applies too.")
+        else:
+            paragraphs.append(
+                f"{began}, whose files do not state its licence. That licence applies too: see it, wherever the "
+                "model's makers state it, before you share this model."
+            )
     source = card.get("text", {}).get("source")
     if source == "wordnet" or any(name.startswith("wordnet") for name in card.get("lexicon", {})):
         paragraphs.append("WordNet's data is under Princeton University's WordNet licence.")
@@ -281,7 +289,7 @@ def _licence(card: Mapping[str, Any]) -> list[str]:
 
 def _of_teacher(teacher: Mapping[str, Any]) -> str:
     name, asks = obligations(teacher)
-    link = f" ({teacher['license_link']})" if str(teacher.get("license_link", "")).startswith("https://") else ""
+    link = f" ({teacher['license_link']})" if is_link(teacher.get("license_link", "")) else ""
     if asks is not None:
         return f"The teacher is under {name}{link}, which applies to this model too: {asks}."
     if name:

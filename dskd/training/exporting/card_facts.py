@@ -19,7 +19,7 @@ from dskd.models.digests import digest_cache, digest_of_model
 from dskd.models.folder import ModelFolder, check_model_folder, find_teacher
 from dskd.students.student import origin_of
 from dskd.training.checkpoint import Checkpoint
-from dskd.training.exporting.licences import licence_in_card, one_line
+from dskd.training.exporting.licences import is_link, licence_in_card, licence_link, one_line
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_URL = re.compile(rf"https?://(?:www\.)?huggingface\.co/({_HUB_NAME.pattern})/?")
@@ -132,8 +132,10 @@ def _input(manifest: Manifest | None, name: str) -> str | None:
 
 def _text(corpus: Manifest) -> dict[str, Any]:
     facts: dict[str, Any] = {"source": corpus.config["source"], "documents": corpus.facts["documents"]["train"]}
-    if is_hub_name(corpus.config.get("dataset")):
-        facts["dataset"] = corpus.config["dataset"]
+    dataset = corpus.config.get("dataset")
+    # A corpus has the digest of its dataset among its inputs if that was a folder.
+    if dataset is not None and str(Path(dataset).expanduser()) not in corpus.inputs and _HUB_NAME.fullmatch(dataset):
+        facts["dataset"] = dataset
     if facts["source"] == "tasks":
         facts["benchmarks"] = sorted(corpus.inputs.keys() - {"prompts"})
     return facts
@@ -170,8 +172,7 @@ def describe_teacher(config: Config, teacher: ModelFolder) -> dict[str, Any]:
     elif config.teacher.is_gguf:
         provenance = read_manifest(teacher.path, kinds.TEACHER.name).facts.get("provenance", {})
         facts |= {"origin": "gguf", **_of_gguf(provenance)}
-    elif is_hub_name(config.teacher.path):
-        name = config.teacher.path
+    elif (name := _name_on_hub(config.teacher.path, teacher.path)) is not None:
         facts |= {"origin": "hub", "name": name, "base_model": [name], "revision": config.teacher.revision}
         facts |= licence_in_card(teacher.path)
     else:
@@ -189,9 +190,9 @@ def _of_gguf(provenance: Mapping[str, Any]) -> dict[str, Any]:
         "organization": one_line(provenance.get("organization") or provenance.get("author")),
         "base_model": _hub_names(own)[:1] or _hub_names(of_bases),
         "derived_from": [one_line(provenance[key]) for key in bases if key.endswith(".name")],
-        "url": next((one_line(url) for url in own if isinstance(url, str) and url.startswith("http")), None),
+        "url": next((url for url in own if isinstance(url, str) and is_link(url)), None),
         "license": one_line(provenance.get("license")),
-        "license_link": one_line(provenance.get("license.link")),
+        "license_link": licence_link(provenance.get("license.link")),
     }
 
 
@@ -211,12 +212,17 @@ def _student(student: ModelFolder) -> dict[str, Any]:
     if facts["origin"] == "cut":
         facts["layers"] = manifest.facts["layers"]
     elif facts["origin"] == "path":
-        if is_hub_name(manifest.facts.get("path")):
-            facts["name"] = manifest.facts["path"]
-        facts |= licence_in_card(Path(manifest.facts["folder"]))
+        folder = Path(manifest.facts["folder"])
+        if (name := _name_on_hub(manifest.facts["path"], folder)) is not None:
+            facts["name"] = name
+        facts |= licence_in_card(folder)
     return facts
 
 
-def is_hub_name(path: str | None) -> bool:
-    """Returns True if a config's path is the name of a model or dataset on the hub, and no folder of this machine."""
-    return path is not None and bool(_HUB_NAME.fullmatch(path)) and not Path(path).expanduser().exists()
+def _name_on_hub(path: str, folder: Path) -> str | None:
+    """Returns a config's path of a model if it is a name on the hub; None if it is that of a folder.
+
+    `folder` is where the model was found. That of a model of the hub is in a cache, under another path. Whether the
+    path exists now would prove nothing: folders are moved.
+    """
+    return path if folder != Path(path).expanduser() and _HUB_NAME.fullmatch(path) else None

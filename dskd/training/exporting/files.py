@@ -12,9 +12,12 @@ from dskd.console import warn
 from dskd.models.folder import ADAPTER_CONFIG, LICENCE_FILES, MODEL_CARD_NAME, ModelFolder, attention_key
 from dskd.models.generation import GENERATION_CONFIG, answer_ends, as_list, generation_values
 from dskd.models.weights import WEIGHTS_INDEX
+from dskd.students.cutting import without_place
 from dskd.students.student import origin_of
 
 _LARGEST_NOTICE = 2**20  # bytes
+# Keys of tokenizer_config.json with paths from which a tokenizer was loaded once.
+_PLACES = ("name_or_path", "special_tokens_map_file")
 
 
 def copy_files(student: ModelFolder, target: Path) -> None:
@@ -27,10 +30,24 @@ def copy_files(student: ModelFolder, target: Path) -> None:
     for file in student.path.iterdir():
         if file.is_file() and file.suffix not in endings and file.name not in left_out:
             shutil.copyfile(file, target / file.name)
-    if key := attention_key(student.load_config()):
-        model_config = json.loads((target / "config.json").read_text(encoding="utf-8"))
-        write_json(target / "config.json", model_config | key)
+    model_config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    complete = without_place(model_config) | attention_key(student.load_config())
+    if complete != model_config:
+        write_json(target / "config.json", complete)
+    _remove_places(target / "tokenizer_config.json")
     _complete_generation_config(student, target / GENERATION_CONFIG)
+
+
+def _remove_places(file: Path) -> None:
+    """Removes the paths of a machine from a tokenizer's config; transformers reads none of them."""
+    if not file.is_file():
+        return
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # damaged; transformers reports it
+        return
+    if isinstance(values, dict) and not values.keys().isdisjoint(_PLACES):
+        write_json(file, {key: value for key, value in values.items() if key not in _PLACES})
 
 
 def _complete_generation_config(student: ModelFolder, file: Path) -> None:

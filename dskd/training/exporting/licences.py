@@ -3,6 +3,7 @@
 What the files do not say is not guessed.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 from dskd.models.folder import MODEL_CARD_NAME
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
+# Without characters that Markdown or HTML reads, and without a user, who may come with a password.
+_LINK = re.compile(r"https://[^\s()<>\[\]\\`*|\"'@/]+(?:/[^\s()<>\[\]\\`*|\"']*)?")
+_FILE_NAME = re.compile(r"[\w-][\w.-]*")  # as a model card names a licence beside it
 
 _LLAMA = (
     "with every copy, give a copy of that agreement and a file `Notice` with its attribution notice; show “{built}” "
@@ -75,7 +79,19 @@ def licence_in_card(folder: Path) -> dict[str, Any]:
     values = {key: head.get(key) for key in _LICENCE_KEYS}
     if isinstance(values["license"], list) and len(values["license"]) == 1:
         (values["license"],) = values["license"]
+    values["license_link"] = licence_link(values["license_link"])
     return {key: one_line(value) for key, value in values.items() if isinstance(value, str)}
+
+
+def is_link(url: str) -> bool:
+    """Returns True if a text of somebody else's file is an address that a card can show: https, and without a user."""
+    return bool(_LINK.fullmatch(url))
+
+
+def licence_link(value: Any) -> str | None:
+    """Returns a link to a licence, which is an address or the name of a file; None if it is neither."""
+    link = one_line(value)
+    return link if link is not None and (is_link(link) or _FILE_NAME.fullmatch(link)) else None
 
 
 def one_line(value: Any) -> str | None:

@@ -26,6 +26,16 @@ def turns(*said):
 TWO_ANSWERS = turns(("s", "Be brief."), ("u", "Hi"), ("a", "Hello!"), ("u", "1+1?"), ("a", "Two"))
 
 
+def _call(name):
+    return {"type": "function", "function": {"name": name, "arguments": {"city": "Rome"}}}
+
+
+TWO_CALLS = [
+    *turns(("u", "Rome?")),
+    {"role": "assistant", "content": "Let me look.", "tool_calls": [_call("weather"), _call("time")]},
+]
+
+
 def write(template, messages, *, answers_only=True, tools=None, **tokenizer):
     chat = ChatColumns("text").parse({"messages": messages, "tools": tools})
     return ChatWriter(chat_tokenizer(template, **tokenizer), answers_only=answers_only).write(chat)
@@ -150,6 +160,33 @@ def test_calls_of_tools_count_and_their_results_do_not():
     assert (written.text, written.counted.tolist()) == (text, counted)
 
 
+def test_parts_that_the_template_writes_are_accepted():
+    assert write(TOOLS, TWO_CALLS).text.count("<tool_call>") == 2
+    thinks = SMOLLM.replace("+ message['content']", "+ (message.reasoning_content or '') + message['content']")
+    messages = [TWO_ANSWERS[1], {**TWO_ANSWERS[2], "reasoning_content": "Greet.", "refusal": "", "toxic": 0.1}]
+    assert "Greet.Hello!" in write(thinks, messages).text
+    result = {"role": "tool", "content": "hot", "tool_call_id": "x", "name": "weather"}
+    assert "hot" in write(TOOLS, [*TWO_CALLS, result, *turns(("a", "Hot."))]).text
+
+
+ENDS_UNMARKED = MARKED.replace(
+    "message.content + '<|im_end|>' }}{%- endgeneration %}{{- '\n'",
+    "message.content }}{%- endgeneration %}{{- '<|im_end|>\n'",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "warnings"),
+    [(ENDS_UNMARKED, 1), (MARKED, 0), (MARKED.replace("{{- '\n' }}{%- else", "{%- else"), 0)],
+)
+def test_marks_without_the_end_of_the_turn_give_one_warning(template, warnings, capsys):
+    """In the last template, the beginning of a turn follows the end of another at once."""
+    writer = ChatWriter(chat_tokenizer(template), answers_only=True)
+    for _ in range(2):
+        writer.write(ChatColumns("text").parse({"messages": TWO_ANSWERS}))
+    assert capsys.readouterr().err.count("do not contain '<|im_end|>', which follows an answer") == warnings
+
+
 def test_with_loss_on_all_tokens_only_the_first_does_not_count():
     written = write(SMOLLM, TWO_ANSWERS, answers_only=False)
     assert written.counted.tolist() == [0] + [1] * (len(written.tokens) - 1)
@@ -198,8 +235,8 @@ def test_answers_of_a_template_without_special_tokens_end_with_their_line(adds_s
             r"ignores add_generation_prompt, but writes '<\|im_start\|>assistant\\nHello!.*' for turn 3",
         ),
         (MISTRAL, TWO_ANSWERS, r"the chat template refuses it \(TemplateError: Only user and assistant\)"),
-        (SMOLLM, turns(("a", "Hi"), ("u", "Hello")), r"writes the turns before turn 1, with the header"),
-        ("{{ messages[0].content }}" + SMOLLM, turns(("a", "Hi")), r"refuses the turns before turn 1 \(UndefinedError"),
+        (SMOLLM, turns(("a", "Hi"), ("u", "Hello")), r"the chat begins with the assistant, and .*; remove turn 1$"),
+        ("{{ messages[0].content }}" + SMOLLM, turns(("a", "Hi")), r"begins with the assistant, .*; remove turn 1$"),
         (
             "{% for m in messages if m.role != 'system' %}{{ m.role + m.content }}{% endfor %}",
             TWO_ANSWERS,
@@ -209,6 +246,16 @@ def test_answers_of_a_template_without_special_tokens_end_with_their_line(adds_s
             SMOLLM,
             [*turns(("u", "Hi")), {"role": "assistant", "content": "", "tool_calls": [WEATHER]}],
             "leaves out the tool calls in turn 2",
+        ),
+        (TOOLS.replace(" + message.content }}", " + ('' if message.tool_calls else message.content) }}"), TWO_CALLS,
+            "leaves out the text beside the tool calls in turn 2"),
+        (TOOLS.replace("in message.tool_calls or []", "in (message.tool_calls or [])[:1]"), TWO_CALLS,
+            "leaves out tool call 2 in turn 2"),
+        *(
+            (SMOLLM, [{**TWO_ANSWERS[1], **(more if of == 1 else {})}, {**TWO_ANSWERS[2], **(more if of == 2 else {})}],
+                f"leaves out '{next(iter(more))}' in turn {of}; use a template that writes it, or remove it")
+            for of, more in [(1, {"name": "Ann"}), (2, {"reasoning_content": "Greet."}), (2, {"refusal": "No."}),
+                             (2, {"thinking": [{"text": "x"}]}), (2, {"audio": {"id": "x"}})]
         ),
         # Marks in a macro, whose places transformers loses, and marks around some answers only.
         (

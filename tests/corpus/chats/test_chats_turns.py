@@ -54,6 +54,14 @@ def test_keys_that_change_nothing_are_accepted(more):
     ]
 
 
+def test_turns_of_both_forms_keep_their_other_keys():
+    """So that rendering can check whether the template writes them."""
+    first = _parse({"messages": [MESSAGES[1], {**MESSAGES[2], "reasoning_content": "Greet."}]})
+    second = _parse({"conversations": [SHAREGPT[1], {**SHAREGPT[2], "reasoning_content": "Greet."}]})
+    assert first.messages == second.messages
+    assert first.messages[1]["reasoning_content"] == "Greet."
+
+
 def test_calls_of_tools_and_their_functions_are_objects():
     """Templates write them as JSON; texts of JSON, as OpenAI writes arguments, would become texts within JSON."""
     calls = [{"id": "x", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": null}'}}]
@@ -82,7 +90,7 @@ def test_calls_of_tools_and_their_functions_are_objects():
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"turn 1 has the role \['user'\]"),
         ({"messages": [{"text": "x"}]}, "turn 1 has no speaker: it has text; expected role and content, or from and"),
         ({"messages": [MESSAGES[1], {"role": "assistant"}]}, r"turn 2 \(assistant\) has no content"),
-        ({"messages": [{"role": "user", "content": None}]}, r"turn 1 \(user\) has no content"),
+        ({"messages": [{"role": "user", "content": None}]}, r"turn 1 \(user\) has no content: .* content \(null\);"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
             "content of type list instead of text; parts are not",
@@ -111,7 +119,28 @@ def test_calls_of_tools_and_their_functions_are_objects():
         ({"messages": [{**MESSAGES[2], "tool_calls": ["x"]}]}, r"turn 1 \(assistant\): 'tool_calls' is not a list of"),
         (
             {"messages": [{**MESSAGES[2], "tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]}]},
-            r"turn 1 \(assistant\): the arguments of a tool call: an object has the key 'a' twice",
+            r"turn 1 \(assistant\): tool call 1: its arguments: an object has the key 'a' twice",
+        ),
+        (
+            {"messages": [{**MESSAGES[2], "tool_calls": [TOOL, {}]}]},
+            r"turn 1 \(assistant\): tool call 2 has no name of a function; expected function\.name",
+        ),
+        (
+            {"messages": [{**MESSAGES[2], "tool_calls": [{"function": {"name": 3, "arguments": {}}}]}]},
+            r"turn 1 \(assistant\): tool call 1 has 3 as the name of a function",
+        ),
+        (
+            {"messages": [{**MESSAGES[2], "tool_calls": [{"function": "add", "name": "add"}]}]},
+            r"turn 1 \(assistant\): tool call 1 has no name of a function",
+        ),
+        (
+            {"messages": [{**MESSAGES[2], "function_call": {"name": "add", "arguments": "{}"}}]},
+            r"turn 1 \(assistant\) has function_call, .*; write the call under tool_calls",
+        ),
+        ({"conversations": [{**SHAREGPT[2], "function_call": {"name": "add"}}]}, r"\(assistant\) has function_call"),
+        (
+            {"messages": [{"role": None, "content": "x"}]},
+            r"turn 1 has no speaker: it has role \(null\), content; expected role and content",
         ),
         ({"messages": '[{"role": "user", "role": "assistant"}]'}, "'messages': an object has the key 'role' twice"),
         ({"messages": MESSAGES, "system": ["x"]}, "'system' is of type list instead of text"),

@@ -1,20 +1,22 @@
 """The model card of an export: what it says of teacher and licence, and that the hub's own library reads it."""
 
 import ast
+import json
 import re
 
 import pytest
 from huggingface_hub import ModelCard
 from tiny_models import save_model
 
-from dskd.artifacts.manifest import Manifest
+from dskd.artifacts.building import build_artifact
+from dskd.artifacts.manifest import Manifest, Recipe
 from dskd.config import Config, LossConfig
 from dskd.models.digests import digest_of_model
 from dskd.models.folder import ModelFolder
 from dskd.training.checkpoint import Checkpoint
 from dskd.training.exporting.card import Result, render_card, write_card
-from dskd.training.exporting.card_facts import describe_teacher, find_source_teacher
-from dskd.training.exporting.licences import obligations
+from dskd.training.exporting.card_facts import _of_gguf, _student, _text, describe_teacher, find_source_teacher
+from dskd.training.exporting.licences import licence_in_card, obligations
 
 HUB = {
     "origin": "hub",
@@ -154,10 +156,72 @@ def test_a_pretrained_student_has_a_licence_and_a_name_of_its_own(tmp_path):
 
 
 def test_markdown_in_names_is_not_read_as_such(tmp_path):
-    name = "Evil | <img src=x> [a](b) `c`"
+    name = r"Evil | <img src=x> [a](b) `c` *d* _e_ \[f\](g)"
     _, text = _card(tmp_path, _facts({**HUB, "origin": "gguf", "name": name, "base_model": []}))
-    assert "Evil \\| &lt;img src=x&gt; \\[a](b) 'c'" in text
+    assert r"Evil \| &lt;img src=x&gt; \[a\](b) 'c' \*d\* \_e\_ \\\[f\\\](g)" in text
     assert "add `base_model: ORGANISATION/NAME` to the head" in text
+
+
+@pytest.mark.parametrize(
+    "link", ["https://e.org) <script>alert(1)</script>", "https://me:secret@e.org/x", "javascript:x", "http://e.org"]
+)
+def test_only_plain_addresses_without_a_user_are_links(tmp_path, link):
+    for teacher in (
+        {**HUB, "license": "other", "license_name": "own", "license_link": link},
+        {**HUB, "origin": "gguf", "url": link},
+    ):
+        data, text = _card(tmp_path, _facts(teacher))
+        assert link not in text
+        assert data.get("license_link") is None
+        (tmp_path / "README.md").unlink()
+    of_gguf = _of_gguf({"url": link, "license.link": link})
+    assert (of_gguf["url"], of_gguf["license_link"]) == (None, None)
+    (tmp_path / "README.md").write_text(f"---\nlicense: other\nlicense_link: {json.dumps(link)}\n---\n")
+    assert licence_in_card(tmp_path) == {"license": "other"}
+
+
+def test_addresses_and_files_of_licences_are_links(tmp_path):
+    for link in ("https://e.org/a_b/@c?d=1", "LICENSE.md"):
+        data, text = _card(tmp_path, _facts({**HUB, "license": "other", "license_name": "own", "license_link": link}))
+        assert data.license_link == link
+        assert (f"as own ({link})" in text) == link.startswith("https")
+        (tmp_path / "README.md").unlink()
+
+
+def test_numbers_fit_their_nouns_and_nothing_is_empty():
+    facts = _facts(text={"source": "wordnet", "documents": 1})
+    facts["card"]["training"] |= {"steps": 1, "global_batch_size": 1}
+    text = render_card(facts, packages={})
+    assert "1 step of 1 sequence of up to" in text
+    assert "a corpus of 1 document\n" in text
+    assert "Versions" not in text
+
+
+@pytest.mark.parametrize(
+    ("licence", "says"),
+    [
+        ({}, "whose files do not state its licence. That licence applies too: see it, wherever the model's makers"),
+        ({"license": "own_terms"}, "whose files name its licence as own\\_terms; that licence applies too."),
+    ],
+)
+def test_a_pretrained_student_of_a_licence_that_we_do_not_know(licence, says):
+    assert says in render_card(_facts(student={"origin": "path", **licence}), packages={})
+
+
+def test_a_folder_that_is_gone_is_not_taken_for_a_name_on_the_hub(tmp_path, monkeypatch):
+    """Its name may be that of a customer. A model of the hub is found in a cache, under another path."""
+    monkeypatch.chdir(tmp_path)
+    student = ModelFolder(tmp_path / "student", "", "")
+    for folder, name in (("private/model", None), ("cache/models--private--model/snapshots/0", "private/model")):
+        with build_artifact(tmp_path / "student", Recipe("student", {}, {}, "t", "t")) as building:
+            save_model(building.folder)
+            building.facts.update(origin="path", path="private/model", revision=None, folder=folder)
+        assert _student(student).get("name") == name
+    corpus = Manifest("corpus", 1, {}, {"source": "chat", "dataset": "data/chats"}, None, None, {}, {}, {})
+    corpus.facts["documents"] = {"train": 3}
+    assert _text(corpus)["dataset"] == "data/chats"
+    corpus.inputs["data/chats"] = "the digest of its files"
+    assert "dataset" not in _text(corpus)
 
 
 def _teacher(tmp_path, path, card=None):

@@ -73,6 +73,21 @@ def test_a_model_without_a_chat_template_ends_at_the_end_of_a_text(tmp_path):
     assert GenerationConfig.from_pretrained(_export(student, tmp_path)).eos_token_id == 1
 
 
+def test_an_export_has_no_path_from_which_its_models_were_loaded(tmp_path):
+    student, tokenizer = _student(tmp_path / "student", SMOLLM)
+    secret = "/home/me/secret/model"
+    for name, more in (
+        ("config.json", {"_name_or_path": secret}),
+        ("tokenizer_config.json", {"name_or_path": secret, "special_tokens_map_file": secret}),
+    ):
+        file = student.path / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    export = _export(student, tmp_path)
+    assert not [file.name for file in export.iterdir() if secret.encode() in file.read_bytes()]
+    assert AutoTokenizer.from_pretrained(export).chat_template == tokenizer.chat_template
+    AutoModelForCausalLM.from_pretrained(export)
+
+
 def test_licences_and_notices_come_with_an_export(tmp_path):
     names = ["LICENSE", "LICENCE.txt", "NOTICE", "Notice.txt", "USE_POLICY.md", "license_agreement.pdf"]
     teacher, target = tmp_path / "teacher", tmp_path / "export"
