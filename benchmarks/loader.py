@@ -1,4 +1,4 @@
-"""How many bytes of the teacher's stored states the data loader delivers per second, against a copy in memory.
+"""The rate at which the data loader delivers the teacher's stored states, against a copy in memory.
 
     python -m benchmarks.loader --preset smollm2
 

@@ -1,4 +1,4 @@
-"""What the pipeline prints at its end: the comparison, examples of senses, and the exported models."""
+"""The pipeline's last output: the comparison, examples of senses, and the exported models."""
 
 import textwrap
 

@@ -1,4 +1,4 @@
-"""What the model card of an export shows of each evaluation."""
+"""The parts of each evaluation's results that the model card of an export shows."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -38,7 +38,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class WrittenTexts:
-    """How many senses have text that the teacher has written."""
+    """The number of senses with text that the teacher has written."""
 
     senses: int  # of words that are one token
     asked: int  # of which the teacher was to write

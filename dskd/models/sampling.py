@@ -39,8 +39,8 @@ _ROOM = 2.0  # times the weights: keys and values, logits, and what else is in t
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: at most how many, at which temperature, and among the most probable of which probability
-    together.
+    """The settings of a draw: the most tokens, the temperature, and the probability that the tokens have together from
+    which it draws, the most probable ones.
     """
 
     max_new_tokens: int

@@ -1,4 +1,4 @@
-"""How long the teacher takes to write the text itself (`corpus.source: teacher`), and the memory that it needs.
+"""The time that the teacher takes to write the text itself (`corpus.source: teacher`), and the memory that it needs.
 
 The ranks write batches of texts. A prompt is read at once, and then each pass of the model gives one token of every
 text in the batch. Such a pass reads all weights, and the keys and values of all tokens before; for small batches that

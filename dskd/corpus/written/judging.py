@@ -73,7 +73,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class SensesWithText:
-    """How many senses were asked for, and how many have a text; and how many texts have each outcome."""
+    """Counts of the senses that were asked for, of those with a text, and of texts by their outcome."""
 
     asked: int
     with_text: int
