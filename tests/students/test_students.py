@@ -266,27 +266,22 @@ def test_a_new_student_that_has_no_room_is_refused_before_it_is_made(tmp_path, m
 
 
 @pytest.mark.usefixtures("teacher")
-def test_layers_that_a_pretrained_student_lacks_are_refused_before_it_is_copied(tmp_path):
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((999,), "the student has layers 0 to 2, so there is no [999]"),
+        (4, "at most 3 can be trained, because the student has 3 layers; found 4; set it to 3"),
+    ],
+    ids=["a list", "a number"],
+)
+def test_layers_that_a_pretrained_student_lacks_are_refused_before_it_is_copied(tmp_path, layers, message):
     _save_pretrained(tmp_path / "pretrained")
-    config = _config(tmp_path, student={"path": str(tmp_path / "pretrained"), "train_layers": (999,)})
-    message = r"student\.train_layers: the student has layers 0 to 2, so there is no \[999\]"
-    with pytest.raises(UserError, match=message):
+    config = _config(tmp_path, student={"path": str(tmp_path / "pretrained"), "train_layers": layers})
+    refusal = re.escape(f"student.train_layers: {message}")
+    with pytest.raises(UserError, match=refusal):
         build_student(config)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
-    with pytest.raises(UserError, match=message):
-        run_pipeline(tmp_path / "config.yaml", ["corpus.source=wordnet"])
-    assert not [path for path in (tmp_path / "work").iterdir() if not path.name.startswith(".")]
-
-
-@pytest.mark.usefixtures("teacher")
-def test_more_trained_layers_than_a_pretrained_student_has_are_refused_before_it_is_copied(tmp_path):
-    _save_pretrained(tmp_path / "pretrained")
-    config = _config(tmp_path, student={"path": str(tmp_path / "pretrained"), "train_layers": 4})
-    message = r"student\.train_layers: at most 3 can be trained, because the student has 3 layers; found 4; set it to 3"
-    with pytest.raises(UserError, match=message):
-        build_student(config)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=refusal):
         run_pipeline(tmp_path / "config.yaml", ["corpus.source=wordnet"])
     assert not [path for path in (tmp_path / "work").iterdir() if not path.name.startswith(".")]
     build_student(_config(tmp_path, student={"path": str(tmp_path / "pretrained"), "train_layers": 3}))
