@@ -266,9 +266,10 @@ def test_notes_about_turns_are_named_in_one_line(tmp_path, configure, capsys, ki
         "warning: corpus.train: the chat template does not write these notes about turns, and they are left out: "
         "language (40), country (1)\n"
     ) in printed
-    noted = list(read_texts(configure(), "train"))
-    build_corpus(configure(train=(_write(tmp_path / "plain.jsonl", map(_chat, range(20))),)))
-    assert noted == list(read_texts(configure(), "train"))
+    noted = list(read_texts(configure(train=(str(file),)), "train"))
+    plain = configure(train=(_write(tmp_path / "plain.jsonl", map(_chat, range(20))),))
+    build_corpus(plain)
+    assert noted == list(read_texts(plain, "train"))
 
 
 def test_columns_of_a_table_that_would_be_parts_of_the_chat_are_refused(tmp_path, configure):
