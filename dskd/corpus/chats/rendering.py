@@ -128,11 +128,12 @@ class ChatWriter:
                         f"the chat template leaves out {part} in turn {index + chat.first_number}; use a template that "
                         "writes it, or remove it from the chat"
                     )
-        if (index := find_misplaced_result(chat.messages, chat.first_number)) is not None:
-            other = {**without(chat.messages[index], {"name"}), "tool_call_id": ""}
-            if not self._differs([*chat.messages[:index], other, *chat.messages[index + 1 :]], chat.tools, text):
+        place = find_misplaced_result(chat.messages, chat.first_number)
+        if place is not None:
+            other = {**without(chat.messages[place], {"name"}), "tool_call_id": ""}
+            if not self._differs([*chat.messages[:place], other, *chat.messages[place + 1 :]], chat.tools, text):
                 raise ChatError(
-                    f"turn {index + chat.first_number} (tool) is not the result of the call in its place, and the chat "
+                    f"turn {place + chat.first_number} (tool) is not the result of the call in its place, and the chat "
                     "template leaves out tool_call_id and name; put the results in the order of the calls"
                 )
         self._count_notes(chat, text)
