@@ -9,21 +9,23 @@ import mmap
 import os
 from collections import OrderedDict
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from streaming import StreamingDataset
 from streaming.base.format.mds import MDSReader
 
 from dskd.artifacts.mds import HASH_OF_SAMPLES
+from dskd.shards.sample_files import SampleInFile
+from dskd.shards.schema import TEACHER_STATES, TRUNK_STATES
 
 _OPEN_FILES = 128  # that a process maps at one time; each takes a file descriptor, of which most systems allow 1,024
 
 
 class ShardDataset(StreamingDataset):
-    """A dataset of mosaicml-streaming whose samples also hold their id, the epoch and the step.
+    """A dataset of mosaicml-streaming whose samples also hold their id, the epoch, the step, and their place on disk.
 
     The arrays of a sample are read-only views of the mapped shard file. If the index has a hash of each sample, a
     sample is compared with it whenever it is read, which raises a ValueError; then a shard that was fetched is not
@@ -77,7 +79,10 @@ class ShardDataset(StreamingDataset):
                 setattr(self, name, value)
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """Returns the columns of a sample, and its `sample_id`, `epoch` and `step`."""
+        """Returns the columns of a sample, and its `sample_id`, `epoch` and `step`.
+
+        If it has states, `in_file` is its :class:`SampleInFile`.
+        """
         sample = super().get_item(sample_id, retry)
         return {**sample, "sample_id": sample_id, "epoch": self.current_epoch, "step": self.current_step}
 
@@ -129,17 +134,39 @@ class _MappedShard(MDSReader):
             reader.digests = bytes.fromhex((reader.raw_data.hashes or {}).get(HASH_OF_SAMPLES, ""))
         return reader
 
+    def get_item(self, idx: int) -> dict[str, Any]:
+        """Returns the columns of a sample and, if it has states, its :class:`SampleInFile` as `in_file`.
+
+        Raises:
+            ValueError: if its bytes are not what the index says.
+        """
+        data, place = self._find(idx)
+        sample = self.decode_sample(data)
+        states = {name: sample[name] for name in (TEACHER_STATES, TRUNK_STATES) if name in sample}
+        if not states:
+            return sample
+        begin = _address(np.frombuffer(data, np.uint8))
+        at = {name: (_address(array) - begin, array.nbytes) for name, array in states.items()}
+        return {**sample, "in_file": replace(place, states=at)}
+
     def get_sample_data(self, idx: int) -> Any:
         """Returns the bytes of a sample, as a view; :meth:`decode_sample` then copies nothing either.
 
         Raises:
             ValueError: if they are not what the index says.
         """
-        name = self.raw_data.basename
-        mapped = self._maps.open(Path(self.dirname, self.split, name), self.raw_data.bytes)
+        return self._find(idx)[0]
+
+    def _find(self, idx: int) -> tuple[memoryview, SampleInFile]:
+        path = Path(self.dirname, self.split, self.raw_data.basename)
+        mapped = self._maps.open(path, self.raw_data.bytes)
         # A shard begins with its number of samples; their offsets follow, all uint32.
         begin, end = np.frombuffer(mapped, np.uint32, 2, offset=4 * (1 + idx)).tolist()
-        sample = mapped[begin:end]
-        if self.digests and xxhash.xxh3_64_digest(sample) != self.digests[8 * idx : 8 * (idx + 1)]:
-            raise ValueError(f"{name} has changed: its sample {idx} is not what the index says")
-        return sample
+        data = mapped[begin:end]
+        place = SampleInFile(str(path), idx, begin, len(data), self.digests[8 * idx : 8 * (idx + 1)], {})
+        place.require_content(data)
+        return data, place
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]

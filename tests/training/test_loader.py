@@ -177,6 +177,20 @@ def test_padding_is_never_counted(folder, tmp_path):
         assert count_positions(step.micro_batches) == step.counts
 
 
+def test_a_worker_that_is_killed_ends_the_run_with_an_error(folder, tmp_path):
+    collate = Collator(None, None, micro_batch_size=2)
+    steps_read = []
+
+    def die_in_the_third_step(samples):
+        steps_read.append(len(samples))
+        if len(steps_read) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return collate(samples)
+
+    with pytest.raises(RuntimeError, match=r"worker.* (exited unexpectedly|is killed by signal)"):
+        list(steps_of(folder, tmp_path, 1, collate=die_in_the_third_step))
+
+
 def test_the_next_step_is_copied_while_one_runs():
     calls = []
 
@@ -230,7 +244,7 @@ def test_the_stream_that_uses_a_copy_waits_for_it_and_keeps_its_memory(monkeypat
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
     copier = CudaCopier(torch.device("cuda", 0))
-    started = copier.start(PackedStep(Buffer(), [], [], Counts(0, 0, 0, 0)))
+    started = copier.start(PackedStep(Buffer(), [], [], Counts(0, 0, 0, 0), [], 0))
     assert calls == ["on side", "copy", "off side", "event on side"]
     calls.clear()
     copier.finish(started)
