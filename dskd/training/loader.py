@@ -31,7 +31,7 @@ from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError, reason_of
 from dskd.random_numbers import derived_seed
 from dskd.shards.sample_files import SampleReader
-from dskd.training.packed_step import CudaCopier, PackedStep, StepBatches, copy_ahead
+from dskd.training.packed_step import Blocks, CudaCopier, PackedStep, StepBatches, copy_ahead
 from dskd.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -194,11 +194,11 @@ def _complete_ahead(steps: Iterator[PackedStep], place: str, *, pinned: bool) ->
 
     On a GPU (`pinned`), it also copies steps without stored states to page-locked memory.
     """
-    reader = SampleReader()
+    reader, blocks = SampleReader(), Blocks(pinned=pinned)
 
     def complete(step: PackedStep) -> PackedStep:
         try:
-            return step.complete(reader, pinned=pinned) if step.to_read or pinned else step
+            return step.complete(reader, blocks) if step.to_read or pinned else step
         except (OSError, ValueError) as error:
             raise Unreadable.of(error, place).as_error() from None
 

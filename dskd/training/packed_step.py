@@ -1,10 +1,12 @@
 """All samples of a step packed into one buffer, to which the rank adds their states; its copy to the device."""
 
 import math
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
@@ -116,18 +118,14 @@ class PackedStep:
         sample_ids = [batch[_ON_HOST].tolist() for batch in micro_batches]
         return cls(buffer, layout, sample_ids, count_positions(micro_batches), to_read, size)
 
-    def complete(self, reader: SampleReader, *, pinned: bool) -> "PackedStep":
-        """Returns the step in a new buffer that has its states, too.
-
-        Args:
-            reader: reads the states.
-            pinned: the buffer is in page-locked memory.
+    def complete(self, reader: SampleReader, blocks: "Blocks") -> "PackedStep":
+        """Returns the step in a block that has its states, too; `reader` reads them.
 
         Raises:
             ValueError: if a sample has changed; the message names it.
             OSError: if a file cannot be read.
         """
-        buffer = torch.empty(self.num_bytes, dtype=torch.uint8, pin_memory=pinned)
+        buffer = blocks.take(self.num_bytes)
         buffer[: len(self.buffer)].copy_(self.buffer)
         content = buffer.numpy()
         for sample, columns in self.to_read:
@@ -150,6 +148,32 @@ class PackedStep:
             for batch in batches:
                 batch["senses"]["sense_rows"] = sense_bank
         return StepBatches(batches, self.counts)
+
+
+class Blocks:
+    """The blocks of host memory that hold whole steps; a block is used again when no tensor refers to it any more.
+
+    For every new page the system clears memory, which takes longer than the copy into it.
+    """
+
+    def __init__(self, *, pinned: bool) -> None:
+        """`pinned`: the blocks are page-locked; torch itself then uses them again."""
+        self._pinned = pinned
+        self._free: list[np.ndarray] = []
+        self._largest = 0
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """Returns a tensor [num_bytes] uint8 of any content. Only one thread may call it."""
+        if self._pinned:
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self._largest = max(self._largest, num_bytes)
+        block = self._free.pop() if self._free else np.empty(0, np.uint8)
+        if len(block) < num_bytes:
+            block = np.empty(self._largest, np.uint8)
+        # Every tensor in the block refers to this view of it, and not to the block.
+        view = block[:num_bytes]
+        weakref.finalize(view, self._free.append, block).atexit = False
+        return torch.from_numpy(view)
 
 
 def _is_left_out(name: str, value: Any) -> bool:

@@ -22,7 +22,7 @@ from dskd.shards import COLUMNS, join_blocks, require_teacher_cache
 from dskd.shards.writing import write_block
 from dskd.training.collator import Collator
 from dskd.training.distribution_candidates import CandidateRows
-from dskd.training.packed_step import Counts, CudaCopier, PackedStep, copy_ahead, count_positions
+from dskd.training.packed_step import Blocks, Counts, CudaCopier, PackedStep, copy_ahead, count_positions
 from dskd.training.positions import SensePositions
 from dskd.training.sense_bank import copy_in_pieces, load_bank, require_room
 
@@ -167,6 +167,21 @@ def test_a_packed_step_unpacks_to_the_same_step(folder):
         return one.dtype == other.dtype and one.equal(other)
 
     assert all(same(batch, unpacked) for batch, unpacked in zip(batches, step.micro_batches, strict=True))
+
+
+def test_a_block_is_used_again_only_when_no_tensor_refers_to_it():
+    blocks = Blocks(pinned=False)
+    first = blocks.take(1000)
+    place, part = first.data_ptr(), first[100:200].view(torch.float32)
+    del first
+    second = blocks.take(500)
+    part.fill_(1)
+    second.fill_(0)
+    assert part.sum() == 25
+    del part
+    third = blocks.take(900)
+    assert third.data_ptr() == place
+    assert len(third) == 900
 
 
 def test_padding_is_never_counted(folder, tmp_path):
