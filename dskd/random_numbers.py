@@ -6,6 +6,7 @@ computed from a seed and the coordinates of what it is used for (document, posit
 
 import hashlib
 
+import numpy as np
 import torch
 
 # Constants of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), in two's complement for torch's int64.
@@ -13,6 +14,7 @@ _GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 _MASK = 2**64 - 1
+_FEW = 2**14  # elements; torch computes with several threads on more
 
 
 def derived_seed(seed: int, *parts: int | str) -> int:
@@ -26,9 +28,10 @@ def random_bits(seed: int, *coordinates: torch.Tensor | int) -> torch.Tensor:
     device = next((c.device for c in coordinates if isinstance(c, torch.Tensor)), torch.device("cpu"))
 
     def mix(x: torch.Tensor | int) -> torch.Tensor | int:
-        if isinstance(x, torch.Tensor):
-            return _splitmix64(x.to(device, torch.int64))
-        return _splitmix64_of_number(int(x))  # NumPy's integers would overflow
+        if not isinstance(x, torch.Tensor):
+            return _splitmix64_of_number(int(x))  # NumPy's integers would overflow
+        x = x.to(device, torch.int64)
+        return _splitmix64_of_few(x) if x.device.type == "cpu" and x.numel() <= _FEW else _splitmix64(x)
 
     # Before the first tensor, the state is a number, with which Python computes much faster than torch.
     state: torch.Tensor | int = int(seed)
@@ -47,6 +50,14 @@ def _splitmix64(x: torch.Tensor) -> torch.Tensor:
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
+
+
+def _splitmix64_of_few(x: torch.Tensor) -> torch.Tensor:
+    """Returns what :func:`_splitmix64` returns, for tensors on a CPU; NumPy is faster at calls on small arrays."""
+    bits = x.contiguous().numpy().reshape(-1).view(np.uint64) + np.uint64(_GAMMA & _MASK)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(_MIX_1 & _MASK)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(_MIX_2 & _MASK)
+    return torch.from_numpy((bits ^ (bits >> np.uint64(31))).view(np.int64)).reshape(x.shape)
 
 
 def _splitmix64_of_number(x: int) -> int:

@@ -68,3 +68,12 @@ def test_a_number_as_coordinate_gives_what_the_same_number_in_a_tensor_gives(sig
             for coordinate in (number, 3):
                 expected = _reference(expected ^ _reference(coordinate & MASK))
             assert int(random_bits(seed, number, 3)) == expected & (2**63 - 1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 2**14, 2**14 + 1])
+def test_any_number_of_elements_has_the_bits_of_splitmix64(count):
+    at = torch.arange(-3, count - 3) * 2**58
+    found = random_bits(3, at).tolist()
+    assert len(found) == count
+    for index in range(0, count, max(1, count // 50)):
+        assert found[index] == _reference(3 ^ _reference(int(at[index]) & MASK)) & (2**63 - 1)

@@ -4,11 +4,10 @@ A worker process reads all samples of a rank's step, collates them (:class:`dskd
 them as one buffer. A step thus needs one segment of shared memory, one pinned block and one copy to the device,
 regardless of its number of micro-batches and tensors. While a step runs, the next is copied on a separate CUDA stream.
 
-Stored states do not pass through a worker: a thread of the rank reads them from the shard files into the block. Workers
-compare each sample with its hash first, which also brings it into the page cache, several samples at a time.
+Stored states do not pass through a worker: a thread of the rank copies them from the shard files into the block. A
+worker has compared the sample with its hash before, which also brings it into the page cache.
 """
 
-import contextlib
 import functools
 import itertools
 import multiprocessing
@@ -202,7 +201,7 @@ def _complete_ahead(steps: Iterator[PackedStep], place: str, *, pinned: bool) ->
         except (OSError, ValueError) as error:
             raise Unreadable.of(error, place).as_error() from None
 
-    with contextlib.closing(reader), ThreadPoolExecutor(max_workers=1) as thread:
+    with ThreadPoolExecutor(max_workers=1) as thread:
         ahead: deque[Future[PackedStep]] = deque()
         for step in steps:
             ahead.append(thread.submit(complete, step))
