@@ -91,7 +91,9 @@ def _compare(folder: Path, manifest: Manifest, advance: Callable[[int], Any]) ->
     for name, entry in manifest.files.items():
         if name in by_sample:
             lines = list(_compare_samples(folder / name, *by_sample[name], entry["sha256"], advance))
-            yield from lines or [None]
+            yield from lines
+            if not lines:
+                yield None
             continue
         if _sha256(folder / name, advance) != entry["sha256"]:
             yield f"{folder / name}: the content is not what the manifest says"

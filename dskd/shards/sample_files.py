@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -29,8 +30,8 @@ class SampleInFile:
     digest: bytes  # xxh3_64 of its bytes; empty if the index has none
     states: Mapping[str, tuple[int, int]]  # {column: (byte offset in the sample, bytes)}
 
-    def require_content(self, *parts: memoryview | np.ndarray) -> None:
-        """Checks that `parts`, one after the other, are the sample's bytes; without a hash in the index, does nothing.
+    def require_content(self, *parts: Any) -> None:
+        """Checks that `parts`, bytes or arrays, are the sample's bytes in order. Does nothing without a hash.
 
         Raises:
             ValueError: if they are not.
