@@ -62,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the measured ones")
     parser.add_argument("--rounds", type=int, default=2, help="number of processes of each side")
     parser.add_argument("--only", choices=("plain", "sense"), help="our variant to compare with TRL's; default: both")
+    parser.add_argument(
+        "--quick-memory",
+        action="store_true",
+        help="on a CPU: no separate processes for memory, which is then not exact",
+    )
     parser.add_argument("--plain-bf16", action="store_true", help="TRL without autocast")
     parser.add_argument(
         "--profile", action="store_true", help="print the kinds of operations that take the time; measure nothing else"
@@ -88,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sides = [name for name in sides if name in _OURS or name in controls]
     rates: dict[str, list[float]] = {name: [] for name in sides}
     # On a GPU the allocator's count is exact, so memory needs no separate processes.
-    rounds_of_memory = 0 if default_device().type == "cuda" else 1
+    rounds_of_memory = 0 if args.quick_memory or default_device().type == "cuda" else 1
     memory: dict[str, dict[str, float]] = {}
     with work_directory(args) as path:
         if args.profile:
