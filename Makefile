@@ -112,8 +112,8 @@ debian = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		 apt-get install -y -q --no-install-recommends $(1))) >/dev/null; \
 	else echo "make: the Debian package $(1) is missing; install it: sudo apt-get install $(1)" >&2; exit 1; fi
 
-# With WHEELS, torch may be where $(PYTHON) finds it: what the environment itself has comes first. WordNet goes to where
-# dskd looks.
+# With WHEELS, exactly the versions of that folder are installed, and torch may be where $(PYTHON) finds it: what the
+# environment itself has comes first. WordNet goes to where dskd looks.
 define borrow_torch
 $(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent.parent)' 2>/dev/null \
 		>"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_this_machine.pth"; \
@@ -127,10 +127,17 @@ $(VENV)/.installed: pyproject.toml
 		{ echo "make: needs CPython 3.11 to 3.13; name one with PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call debian,python3-venv); }
 	$(PYTHON) -m venv $(VENV)
-	@$(if $(WHEELS),$(call borrow_torch))
+ifeq ($(WHEELS),)
 	$(PY) -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(PY) -m pip install --quiet "torch>=2.9,<3" torchvision
 	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --no-build-isolation -e ".[dev]"
+else
+	@$(call borrow_torch)
+	$(PY) -m pip install --quiet --no-deps -r $(WHEELS)/versions.txt
+	@$(PY) -c 'import torch, torchvision' || { echo "make: $(PYTHON) has no torch with torchvision, nor has $(WHEELS):" \
+		"name another Python (PYTHON=...), or make the folder with TORCH=1" >&2; exit 1; }
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
+endif
 	@touch $@
 
 # Without root the package is unpacked into the virtual environment, where dskd looks too.
