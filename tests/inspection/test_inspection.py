@@ -12,7 +12,7 @@ from dskd.errors import UserError
 from dskd.inspection.artifacts import Teacher
 from dskd.inspection.contexts import find_contexts, render_context
 from dskd.inspection.drawing import draw_picture
-from dskd.inspection.examples import choose_words
+from dskd.inspection.examples import choose_words, sense_difference
 from dskd.inspection.histogram import histogram, histogram_text, log2_histogram
 from dskd.inspection.labels import place_labels
 from dskd.inspection.lexicon import compute_coverage
@@ -62,7 +62,22 @@ def dictionary(tmp_path, tokenizer, ids):
     return _dictionary(tmp_path, tokenizer, pairs, sizes)[0]
 
 
-def test_words_with_most_senses_and_states_and_relations_of_both_kinds_are_chosen(tmp_path, tokenizer, ids):
+# Rows are numbered by token: one of big, two of huge, five of very, two of tiny. huge's senses are farther apart.
+PLACES = [[0.0], [0.0], [4.0], *[[9.0]] * 5, [0.0], [1.0]]
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([9, 6, 2, *[9] * 5, 50, 50], ["huge", "tiny", "big"]),  # tiny has more states
+        ([9, 5, 2, *[9] * 5, 50, 50], ["tiny", "big", "huge"]),  # so few states tell little about two senses
+        ([3, 5, 2, *[9] * 5, 1, 1], ["huge", "tiny", "big"]),  # none has enough: by their senses, then states
+        ([9, 6, 2, *[9] * 5, 0, 0], ["huge", "big"]),
+    ],
+)
+def test_words_are_shown_that_have_relations_of_both_kinds_and_senses_that_differ_much(
+    tmp_path, tokenizer, ids, counts, expected
+):
     pairs = [
         f"{one}|{two}|{relation}"
         for one, two, relation in (
@@ -75,13 +90,26 @@ def test_words_with_most_senses_and_states_and_relations_of_both_kinds_are_chose
             ("very", "size", "synonym"),
         )
     ]
-    # rows are numbered by token, and row r has r + 1 states: huge has as many senses as tiny, and fewer states
-    sizes = {ids["big"]: 1, ids["huge"]: 2, ids["tiny"]: 2, ids["very"]: 5}
-    dictionary, _ = _dictionary(tmp_path, tokenizer, pairs, sizes)
+    sizes = {ids["big"]: 1, ids["huge"]: 2, ids["tiny"]: 2 if counts[-1] else 0, ids["very"]: 5}
+    rows = sum(sizes.values())
+    vectors = torch.tensor(PLACES[:rows]).expand(rows, 6) * (torch.arange(6) == 0)
+    dictionary, _ = _dictionary(tmp_path, tokenizer, pairs, sizes, vectors, counts[:rows])
     teacher = Teacher(None, tokenizer, len(tokenizer))
-    assert dictionary.entries.neighbours("antonym").of(ids["small"])
-    assert choose_words(dictionary, teacher, 2) == ["tiny", "huge"]
-    assert choose_words(dictionary, teacher, 9) == ["tiny", "huge", "big"]  # small and large have no senses
+    assert dictionary.entries.neighbours("antonym").of(ids["small"])  # which has no senses, like large
+    assert choose_words(dictionary, teacher, 9) == expected
+    assert choose_words(dictionary, teacher, 1) == expected[:1]
+
+
+def test_the_difference_of_senses_by_hand(tmp_path, tokenizer, ids):
+    """With shares of 3/4 and 1/4 and a distance of 4 in one of 6 dimensions, the variance is 3; and a word of one sense
+    has none.
+    """
+    vectors = torch.tensor([[1.0] * 6, [0.0] * 6, [4.0] + [0.0] * 5])
+    sizes = {ids["big"]: 1, ids["huge"]: 2}
+    dictionary, _ = _dictionary(tmp_path, tokenizer, ["big|huge|synonym"], sizes, vectors, [5, 3, 1])
+    in_use = 0.75**-0.75 * 0.25**-0.25  # of two senses
+    assert sense_difference(dictionary, ids["huge"]) == pytest.approx(3 / 6 * in_use)
+    assert sense_difference(dictionary, ids["big"]) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- neighbours

@@ -10,16 +10,12 @@ import numpy as np
 import pytest
 import torch
 from artifact_folders import open_dataset
-from loaded_steps import ROWS, SAMPLES, SCHEDULE, K, T, config_of, steps_of
-from safetensors.torch import save_file
+from loaded_steps import ROWS, SAMPLES, SCHEDULE, config_of, steps_of, write_shards
 
 from dskd import shards
-from dskd.artifacts.building import build_artifact
-from dskd.artifacts.manifest import Recipe
 from dskd.artifacts.tensor_file import map_tensor
 from dskd.errors import UserError
-from dskd.shards import COLUMNS, join_blocks, require_teacher_cache
-from dskd.shards.writing import write_block
+from dskd.shards import require_teacher_cache
 from dskd.training.collator import Collator
 from dskd.training.distribution_candidates import CandidateRows
 from dskd.training.packed_step import Blocks, Counts, CudaCopier, PackedStep, copy_ahead, count_positions
@@ -31,20 +27,7 @@ from dskd.training.sense_bank import copy_in_pieces, load_bank, require_room
 def folder(tmp_path_factory):
     """Makes a work directory with shards of samples of many lengths, and the vectors of a sense dictionary."""
     folder = tmp_path_factory.mktemp("loader")
-    random = np.random.default_rng(0)
-    samples = []
-    for _ in range(SAMPLES):
-        columns = {name: random.integers(0, ROWS, (T, K)).astype(np.int32) for name in COLUMNS if "ids" in name}
-        columns["input_ids"] = random.integers(0, 99, T).astype(np.int32)
-        columns["loss_mask"] = (np.arange(T) < random.integers(0, T)).astype(np.uint8)
-        columns["document_starts"] = (np.arange(T) == 0).astype(np.uint8)
-        samples.append(columns)
-    blocks = [folder / "blocks" / str(number) for number in range(3)]
-    for number, block in enumerate(blocks):
-        write_block(block, iter(samples[number::3]))
-    with build_artifact(folder / "shards" / "train", Recipe("shards")) as building:
-        join_blocks(building.folder, blocks)
-    save_file({"vectors": torch.randn(ROWS, 4).bfloat16()}, folder / "senses.safetensors")
+    write_shards(folder)
     return folder
 
 
