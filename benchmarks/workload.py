@@ -63,6 +63,8 @@ class Preset:
 
 
 PRESETS = {
+    # Only tries the benchmarks themselves: a step takes milliseconds.
+    "tiny": Preset(Shape(512, 64, 128, 4, 2, 4, 3, 1, 64), global_batch_size=4, micro_batch_size=2),
     # A step takes about a second on two cores; the head's share of the FLOPs is the same as at 8B.
     "toy": Preset(Shape(8192, 512, 1792, 8, 2, 8, 4, 2, 256), global_batch_size=8, micro_batch_size=4),
     # SmolLM2-135M to 15 layers: the smallest model whose vocabulary makes the head as large as its layers.
@@ -220,7 +222,7 @@ class OurTraining:
             source=inputs.source,
             teacher=teacher if inputs.source.kind == "loaded" else None,
         )
-        self.teacher = self._pair.teacher
+        self.teacher, self.engine = self._pair.teacher, self._pair.engine
         collate = build_collator(config, inputs, schedule, self._pair.source)
         cache = open_node_cache(config.train.shard_cache, world)
         bank = load_sense_bank(config, inputs, world)

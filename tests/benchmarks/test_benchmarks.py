@@ -23,7 +23,7 @@ from dskd.losses.terms import SUMS
 from dskd.shards.search import Searcher
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
-PARTS = ("__init__", "flops", "profiling", "report", "synthetic", "workload")
+PARTS = ("__init__", "flops", "gpu_report", "profiling", "report", "synthetic", "workload")
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in PARTS)
 
 
