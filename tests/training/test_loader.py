@@ -18,7 +18,7 @@ from dskd.errors import UserError
 from dskd.shards import require_teacher_cache
 from dskd.training.collator import Collator
 from dskd.training.distribution_candidates import CandidateRows
-from dskd.training.packed_step import Counts, CudaCopier, PackedStep, copy_ahead, count_positions
+from dskd.training.packed_step import Blocks, Counts, CudaCopier, PackedStep, copy_ahead, count_positions
 from dskd.training.positions import SensePositions
 from dskd.training.sense_bank import copy_in_pieces, load_bank, require_room
 
@@ -152,12 +152,41 @@ def test_a_packed_step_unpacks_to_the_same_step(folder):
     assert all(same(batch, unpacked) for batch, unpacked in zip(batches, step.micro_batches, strict=True))
 
 
+def test_a_block_is_used_again_only_when_no_tensor_refers_to_it():
+    blocks = Blocks(pinned=False)
+    first = blocks.take(1000)
+    place, part = first.data_ptr(), first[100:200].view(torch.float32)
+    del first
+    second = blocks.take(500)
+    part.fill_(1)
+    second.fill_(0)
+    assert part.sum() == 25
+    del part
+    third = blocks.take(900)
+    assert third.data_ptr() == place
+    assert len(third) == 900
+
+
 def test_padding_is_never_counted(folder, tmp_path):
     samples = _samples(folder, tmp_path / "again")
     for step in steps_of(folder, tmp_path / "steps", 2, start_step=9):
         ids = [i for batch in step.micro_batches for i in batch["sample_ids"].tolist()]
         assert step.counts == (sum(int(samples[i]["loss_mask"].sum()) for i in ids), 0, 0, 0)
         assert count_positions(step.micro_batches) == step.counts
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_an_error(folder, tmp_path):
+    collate = Collator(None, None, micro_batch_size=2)
+    steps_read = []
+
+    def die_in_the_third_step(samples):
+        steps_read.append(len(samples))
+        if len(steps_read) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return collate(samples)
+
+    with pytest.raises(RuntimeError, match=r"worker.* (exited unexpectedly|is killed by signal)"):
+        list(steps_of(folder, tmp_path, 1, collate=die_in_the_third_step))
 
 
 def test_the_next_step_is_copied_while_one_runs():
@@ -213,7 +242,7 @@ def test_the_stream_that_uses_a_copy_waits_for_it_and_keeps_its_memory(monkeypat
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
     copier = CudaCopier(torch.device("cuda", 0))
-    started = copier.start(PackedStep(Buffer(), [], [], Counts(0, 0, 0, 0)))
+    started = copier.start(PackedStep(Buffer(), [], [], Counts(0, 0, 0, 0), [], 0))
     assert calls == ["on side", "copy", "off side", "event on side"]
     calls.clear()
     copier.finish(started)
