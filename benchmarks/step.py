@@ -1,6 +1,6 @@
 """The training step: what the sense loss costs, what the shared trunk saves, and how well the hardware is used.
 
-    python -m benchmarks.step                    # toy size on a CPU, Llama-3-8B's shape on a GPU
+    python -m benchmarks.step                    # the preset small on a CPU, Llama-3-8B's shape on a GPU
     python -m benchmarks.step --preset smollm2 --states --only states
     python -m benchmarks.step --profile          # the time of each kind of operation
     python -m benchmarks.step --only use train.micro_batch_size=2
@@ -112,7 +112,7 @@ def _pair_rows(name: str, result: dict[str, Any]) -> list[list[str]]:
     goal = {
         "sense": "<= 1.01 on a GPU, <= 1.05 on a CPU",
         "trunk": "what the FLOPs predict",
-        "states": "<= 0.33 on a CPU at smollm2, <= 0.5 at toy, <= 0.29 on a GPU at 8b",
+        "states": "<= 0.33 on a CPU at smollm2, <= 0.5 at small, <= 0.29 on a GPU at 8b",
         "small": "<= 1.25",
     }[name]
     numerator, denominator = _PAIRS[name]
