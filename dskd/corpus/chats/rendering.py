@@ -16,7 +16,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -26,15 +25,13 @@ from dskd.corpus.chats.left_out import is_note, other_keys, without, without_a_p
 from dskd.corpus.chats.special_tokens import SpecialTokens
 from dskd.corpus.chats.tool_results import find_misplaced_result
 from dskd.corpus.chats.turns import Chat, ChatError, Message
+from dskd.corpus.template_options import TEMPLATE_OPTIONS
 from dskd.lexicon.reading import is_storable
 
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _REMEDY = "use a chat template with the marks {% generation %} and {% endgeneration %} around answers"
 _SHOWN_CHARACTERS = 40
 _NEAR_TOKENS = 8  # the end of a turn follows its answer within so many tokens
-# Some templates write the date into the system prompt, and would write another corpus every day.
-_DATE = datetime(2024, 7, 26, tzinfo=UTC)
-TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "26 Jul 2024", "strftime_now": _DATE.strftime}
 
 Passage = tuple[int, int]  # the first character of a part of the text, and the one after its last
 
