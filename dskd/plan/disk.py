@@ -56,7 +56,7 @@ def compute_disk(
     return Disk(
         states * hidden_size * 2,
         dictionary_rows(config, architecture) * hidden_size * 2,
-        _FLOAT32_BYTES * sum(weight.numel() for weight in architecture.build().parameters()) if is_gguf else 0,
+        _FLOAT32_BYTES * architecture.numel() if is_gguf else 0,
         student.whole_numel * (_FLOAT32_BYTES if is_gguf and is_cut else size),
         sample_bytes_of(config, stored),
         states_bytes(config, stored),

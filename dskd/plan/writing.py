@@ -51,7 +51,7 @@ def plan_writing(config: Config, cluster: Cluster, architecture: Architecture, t
     values, size = architecture.values(), cluster.dtype(config.precision).itemsize
     batch = min(corpus.batch_size, -(-texts // cluster.world_size)) if texts else corpus.batch_size
     # Bytes that a pass reads: the weights, and keys and values of the tokens so far, on average half of the new ones.
-    numel = sum(weight.numel() for weight in architecture.build().parameters())
+    numel = architecture.numel()
     heads = values["num_attention_heads"]
     width = (values.get("num_key_value_heads") or heads) * (values.get("head_dim") or values["hidden_size"] // heads)
     cache = 2 * width * size * values["num_hidden_layers"]  # of a token
