@@ -254,7 +254,7 @@ def read_only() -> Iterator[Callable[[Path], None]]:
 
 @pytest.fixture
 def link(server: "Server", monkeypatch: pytest.MonkeyPatch) -> Iterator["Link"]:
-    """A connection to the MLflow server that a test can cut and mend; the tracker does not wait long while it is cut."""
+    """A connection to the MLflow server that a test can cut and mend; the tracker waits shortly while it is cut."""
     from mlflow_server import Link
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

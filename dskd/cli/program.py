@@ -116,7 +116,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
     def parse_number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a number, {least} or more, found {text!r}")
+            raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more, found {text!r}")
         return int(text)
 
     return parse_number
