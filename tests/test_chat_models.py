@@ -7,22 +7,16 @@ import pytest
 import torch
 from gguf_files import TEXTS, write_gguf
 from huggingface_hub import ModelCard
+from stages import build_inputs_of_training
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd.cli.results import describe_results
 from dskd.config import Config
-from dskd.corpus.build import build_corpus
-from dskd.corpus.sequences import build_sequences
 from dskd.errors import UserError
 from dskd.evaluation import held_out_text
 from dskd.evaluation.held_out_text import evaluate
 from dskd.evaluation.results_in_cards import update_cards
-from dskd.lexicon.build import build_lexicon
-from dskd.models.folder import find_teacher
 from dskd.models.gguf.teacher import build_teacher
-from dskd.senses.build import build_senses
-from dskd.shards.annotate import annotate
-from dskd.students.student import build_student
 from dskd.training.exporting.export import build_export
 from dskd.training.train import train
 
@@ -59,13 +53,7 @@ def config(tmp_path_factory, world):
     (folder / "own.tsv").write_text("hot\tantonym\tcold\nhot\tsynonym\tsum\ncold\tsynonym\tmore\n")
     config = Config(**_settings(folder))
     build_teacher(config)
-    build_lexicon(config)
-    build_corpus(config)
-    teacher = find_teacher(config)
-    build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
-    build_senses(config, world)
-    annotate(config, world)
-    build_student(config)
+    build_inputs_of_training(config, world)
     train(config, world)
     build_export(config)
     return config

@@ -10,14 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 from rank_processes import Rank, fork_ranks
+from stages import build_inputs_of_ranks
 from tiny_models import save_model
 
 from dskd.artifacts.manifest import read_manifest, verify_files
 from dskd.config.reading import load_config
-from dskd.corpus.build import SPLITS, build_corpus
-from dskd.corpus.sequences import build_sequences
-from dskd.lexicon.build import build_lexicon
-from dskd.models.folder import find_teacher
+from dskd.corpus.build import SPLITS
 
 pytestmark = pytest.mark.slow
 ARTIFACTS = {"senses": ("senses",), "shards": tuple(f"shards/{split}" for split in SPLITS)}
@@ -50,11 +48,7 @@ def prepared(tmp_path_factory):
         "student": {"layers": 3, "train_layers": 1},
     }
     config = _write(folder / "config.yaml", settings)
-    loaded = load_config(config)
-    build_lexicon(loaded)
-    build_corpus(loaded)
-    teacher = find_teacher(loaded)
-    build_sequences(loaded, teacher.load_tokenizer(), teacher.tokenizer_digest)
+    build_inputs_of_ranks(load_config(config))
     return settings
 
 

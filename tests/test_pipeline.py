@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from rank_processes import run_program, start_ranks
+from stages import build_inputs_of_training
 from task_files import PLACES
 from tiny_models import save_model
 from tiny_work import NO_RUNS, launch_forked
@@ -23,14 +24,8 @@ from dskd.cli.launching import launch
 from dskd.compare.text import compare
 from dskd.config import Config
 from dskd.config.reading import load_config
-from dskd.corpus.build import build_corpus
-from dskd.corpus.sequences import build_sequences
 from dskd.evaluation.held_out_text import evaluate
-from dskd.lexicon.build import build_lexicon
 from dskd.models.folder import find_teacher
-from dskd.senses.build import build_senses
-from dskd.shards.annotate import annotate
-from dskd.students.student import build_student
 from dskd.training.exporting.export import build_export
 from dskd.training.train import train
 
@@ -135,13 +130,7 @@ def test_another_decoder_can_be_the_teacher(tiny, tmp_path, world):
     )
     config.path().mkdir()
     shutil.copyfile(tiny.parent / NO_RUNS, config.path(NO_RUNS))
-    build_lexicon(config)
-    build_corpus(config)
-    teacher = find_teacher(config)
-    build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
-    build_senses(config, world)
-    annotate(config, world)
-    build_student(config)
+    build_inputs_of_training(config, world)
     train(config, world)
     build_export(config)
     evaluate(config, world)

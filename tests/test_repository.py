@@ -127,3 +127,9 @@ def test_every_test_that_continuous_integration_chooses_exists():
     )
     assert len(parts) > 10
     assert {part for part in parts if part not in names} == set()
+
+
+def test_every_file_of_tests_that_is_to_run_early_exists():
+    named = re.findall(r'^    "(test_\w+\.py)",$', (REPOSITORY / "tests" / "conftest.py").read_text(), re.MULTILINE)
+    assert len(named) > 5
+    assert set(named) <= {file.name for file in (REPOSITORY / "tests").rglob("test_*.py")}

@@ -11,19 +11,13 @@ import torch
 from repository import REPOSITORY
 from safetensors.torch import load_file
 from shipped_inputs import LAYERS_OF_LARGE, LAYERS_OF_MISTRAL, write_inputs
+from stages import build_inputs_of_training
 from tiny_wordnet import write_wordnet
 from transformers import AutoConfig
 
 from dskd.artifacts import kinds
 from dskd.artifacts.manifest import read_manifest
 from dskd.config.reading import differences, load_config
-from dskd.corpus.build import build_corpus
-from dskd.corpus.sequences import build_sequences
-from dskd.lexicon.build import build_lexicon
-from dskd.models.folder import find_teacher
-from dskd.senses.build import build_senses
-from dskd.shards.annotate import annotate
-from dskd.students.student import build_student
 from dskd.training import checkpoint
 from dskd.training.schedule import share_out
 from dskd.training.train import train
@@ -134,13 +128,7 @@ def test_every_shipped_configuration_trains_at_toy_width(name, tmp_path, monkeyp
     write_wordnet(tmp_path / "wordnet")
     total, kept, trained = LAYERS[name]
 
-    build_lexicon(config)
-    build_corpus(config)
-    teacher = find_teacher(config)
-    build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
-    build_student(config)
-    build_senses(config, world)
-    annotate(config, world)
+    build_inputs_of_training(config, world)
     train(config, world)  # its kd has another weight, and test_other_students.py trains without senses
 
     layers = _layers(load_file(Path(config.teacher.path) / "model.safetensors"))

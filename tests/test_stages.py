@@ -14,6 +14,7 @@ import yaml
 from artifact_folders import open_dataset, update_manifest
 from plain_reading import run_apart
 from safetensors.torch import load_file
+from stages import build_sequences_of
 from tiny_work import TINY
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,10 +23,8 @@ from dskd.artifacts.hashing import sha256_of_file
 from dskd.artifacts.manifest import read_manifest
 from dskd.config.reading import load_config
 from dskd.corpus.build import SPLITS
-from dskd.corpus.sequences import build_sequences
 from dskd.evaluation.held_out_text import evaluate
 from dskd.evaluation.scores_by_example import read_examples
-from dskd.models.folder import find_teacher
 from dskd.senses.build import build_senses
 from dskd.shards import COLUMNS, TEACHER_COLUMNS
 from dskd.shards.annotate import annotate
@@ -222,8 +221,7 @@ def test_training_samples_are_texts_that_the_teacher_continues(work, copy_of_tin
     halves = [" ".join(text.split()[: len(text.split()) // 2 + 1]) for text in whole.column("text").to_pylist()]
     pq.write_table(whole.set_column(whole.column_names.index("text"), "text", pa.array(halves)), corpus)
     update_manifest(config.path("corpus"))
-    source = find_teacher(config)
-    build_sequences(config, source.load_tokenizer(), source.tokenizer_digest)
+    source = build_sequences_of(config)
     capsys.readouterr()
     annotate(config, world)
     manifests = {split: read_manifest(config.path("shards", split), "shards", made_by="") for split in SPLITS}

@@ -18,6 +18,7 @@ layers          a model's layers: their kinds, and the states that enter and lea
 trained         which of a student's parameters are trained
 trunk           the lowest layers that teacher and student share: how many, and the states that leave them
 final_norm      finds the parameters of a decoder's final norm
+packed_mask     builds the attention mask of packed documents
 frozen          runs the teacher, whole on every rank or sharded with ZeRO-3
 output_head     from last hidden states to logits: the output matrix, and what a model does with its products
 head_probe      finds out what a model does with them, or refuses it

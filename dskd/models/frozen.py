@@ -31,6 +31,7 @@ from dskd.models.folder import ModelFolder
 from dskd.models.head_probe import find_logit_transform
 from dskd.models.nvme import nvme_settings, open_nvme_folder
 from dskd.models.output_head import LogitTransform, OutputHead
+from dskd.models.packed_mask import build_masks_by_broadcasting
 from dskd.models.precision import compute_dtype
 from dskd.models.probes import check_documents
 from dskd.models.reference import compare_with_transformers
@@ -43,6 +44,7 @@ class Decoder(nn.Module):
     def __init__(self, base_model: nn.Module) -> None:
         super().__init__()
         self.base = base_model
+        build_masks_by_broadcasting()
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -1,66 +1,31 @@
-"""`dskd compare` on runs that the project's own tracker wrote, and its report in a real browser."""
+"""`dskd compare` on runs that the project's own tracker wrote: its groups, values and tests."""
 
 import json
 import math
 import re
 import shutil
-import subprocess
-import sys
-from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
 import yaml
-from compared_runs import DATA, EXPERIMENT, OTHER, OTHER_DATA, STEPS, N, add_results, examples_of, track_run, track_runs
-from PIL import Image
+from compared_runs import DATA, STEPS, N, add_results, examples_of, track_run
 from scipy import stats
 from tiny_work import NO_RUNS
 
-from dskd.__main__ import main
-from dskd.cli.results import compare_or_explain
-from dskd.compare.choosing import Selection
 from dskd.compare.comparison import make_comparison
-from dskd.compare.mlflow_link import mlflow_link
-from dskd.compare.pictures import paint
 from dskd.compare.text import compare
 from dskd.config.reading import load_config
 from dskd.evaluation.held_out_text import EXAMPLES_FILE, MEASURES
 from dskd.evaluation.scores_by_example import Examples, save_examples
 from dskd.evaluation.table import EVALUATIONS
-from dskd.tracking import log_results, read_runs
+from dskd.tracking import log_results
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory, no_runs):
-    """A config, and {name: run id} of its runs (see `track_runs`)."""
-    folder = tmp_path_factory.mktemp("compare")
-    path = folder / "config.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {"workdir": str(folder / "work"), "teacher": {"path": "a/b"}, "tracking": {"experiment": EXPERIMENT}}
-        )
-    )
-    (folder / "work").mkdir()
-    shutil.copyfile(no_runs, folder / "work" / NO_RUNS)
-    return path, track_runs(path)
-
-
-@pytest.fixture(scope="module")
 def comparison(tracked):
     return make_comparison(load_config(tracked[0]))
-
-
-@pytest.fixture(scope="module")
-def report(tracked, tmp_path_factory):
-    """The report of the default selection, as the command writes it."""
-    path = tmp_path_factory.mktemp("report") / "new folder" / "report.html"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["dskd", "compare", "--config", str(tracked[0]), "--html", str(path)])
-        assert main() == 0
-    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
-    return path
 
 
 def _perplexity(better, seed, name):
@@ -262,163 +227,3 @@ def test_the_text_shows_the_tests_and_what_they_do_not_cover(tracked):
     assert "- not evaluated: margin;" in printed
     assert "does not cover how much another seed would change" in printed
     assert "sweep" not in printed  # the parent of a sweep trained nothing
-
-
-def test_runs_evaluated_on_different_data_are_refused(tracked, dskd):
-    path, ids = tracked
-    both = ("compare", "--config", path, "--experiment", EXPERIMENT, "--experiment", OTHER)
-    code, out, err = dskd(*both)
-    assert code == 2
-    assert not out
-    assert re.search(rf"^  {DATA}: kd-s0 \({ids['kd-s0'][:8]}\), ", err, re.MULTILINE)
-    assert re.search(rf"^  {OTHER_DATA}: far \({ids['far'][:8]}\)$", err, re.MULTILINE)
-    assert "launcher/evaluate.py" in err
-    assert "Traceback" not in err
-
-    code, out, _ = dskd(*both, "--without-measures")
-    assert code == 0
-    assert re.search(r"^GPU hours a run +- +- +- +0\.8$", out, re.MULTILINE)
-    assert "perplexity" not in out
-
-    code, out, _ = dskd(*both, "--tag", f"evaluation_data={OTHER_DATA}")
-    assert code == 0
-    assert f"evaluated on {OTHER_DATA}" in out
-    assert "kd-s0" not in out
-
-
-def test_the_pipeline_reports_different_data_and_does_not_fail(tracked):
-    config = load_config(tracked[0], [f"tracking.experiment={OTHER}", "run=far"])
-    assert "far" in compare_or_explain(config)
-    _log_table(config, tracked[1]["far"], DATA)  # under another digest: the one is not the other
-    text = compare_or_explain(config)
-    _log_table(config, tracked[1]["far"], OTHER_DATA)
-    assert text.startswith("Not compared: ")
-    assert DATA in text
-    assert OTHER_DATA in text
-
-
-def _log_table(config, run_id, data):
-    table = config.path(EXAMPLES_FILE)
-    save_examples(table, examples_of(0, 30, data))
-    log_results(config, "far", run_id, "evaluation", {}, table, data=OTHER_DATA, step=STEPS)
-
-
-def test_runs_are_chosen_by_name_id_experiment_and_tag(tracked):
-    path, ids = tracked
-    config = load_config(path)
-
-    def names(**selection):
-        return [run.name for run in make_comparison(config, Selection(**selection), without=list(EVALUATIONS)).runs]
-
-    assert names(runs=["dskd-s1", "kd-s0"]) == ["dskd-s1", "kd-s0"]
-    assert names(runs=[ids["far"], "margin"]) == ["far", "margin"]
-    assert names(experiments=[OTHER]) == ["far"]
-    assert sorted(names(tags={"evaluation_data": DATA})) == ["dskd-s0", "dskd-s1", "kd-s0", "kd-s1"]
-    assert "sweep" not in names(experiments=[EXPERIMENT])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["--run", "dskd-s7"],
-            "--run dskd-s7: experiment senses & <b>words</b> has no run of this name; did you mean dskd-s",
-        ),
-        (["--run", "0" * 32], f"--run {'0' * 32}: no run has this id"),
-        (["--experiment", "kdd"], "experiment 'kdd': MLflow at sqlite:"),
-        (["--tag", "device=tpu"], "has the tags device=tpu; there are device=cpu"),
-        (["--baseline", "kdd"], "--baseline kdd: there is no such group; the groups are: kd, dskd, margin"),
-        (["--html", "/proc/report.html"], "--html /proc/report.html: cannot write there"),
-        (
-            ["tracking.uri=http://127.0.0.1:9"],
-            "http://127.0.0.1:9 cannot be read (Connection refused); start its server",
-        ),
-        (["--html", ""], "--html '.': that is a folder; name a file"),
-        (["--html", "/tmp"], "--html '/tmp': that is a folder; name a file"),
-        (["--tag", "device=cpu", "--tag", "device=cuda"], "--tag device=cuda contradicts --tag device=cpu"),
-        (["--experiment", EXPERIMENT, "--run", "FAR"], "'far' is in experiment 'other', but --experiment names only"),
-    ],
-)
-def test_an_impossible_choice_is_refused_with_the_possible_ones(tracked, dskd, arguments, message):
-    path, ids = tracked
-    code, _, err = dskd("compare", "--config", path, *(ids["far"] if one == "FAR" else one for one in arguments))
-    assert code == 2
-    assert message in err
-    assert "Traceback" not in err
-
-
-def test_a_read_only_work_directory_is_compared_and_left_unchanged(dskd, tracked, tmp_path, read_only):
-    work = tmp_path / "work"
-    shutil.copytree(load_config(tracked[0]).path(), work)
-    (work / "curves.png").unlink(missing_ok=True)
-    kept = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
-    read_only(work)
-    arguments = ("compare", "--config", tracked[0], f"workdir={work}", "--html", tmp_path / "report.html")
-    code, out, err = dskd(*arguments)
-    assert (code, err) == (0, "")
-    _, expected, _ = dskd("compare", "--config", tracked[0])
-    # Everything before the paths of the picture and of MLflow's database.
-    assert expected.split("Loss curves: ")[0] in out
-    assert f"No picture of the loss curves: {work / 'curves.png'}: the picture cannot be written there" in out
-    assert (tmp_path / "report.html").is_file()
-    assert {path: path.read_bytes() for path in work.rglob("*") if path.is_file()} == kept
-
-
-def test_the_link_is_mlflows_own(tracked):
-    path, ids = tracked
-    config = load_config(path)
-    runs = [run for run in read_runs(config) if run.name in ("kd-s0", "margin")]
-    expected = {"runs": [ids["margin"], ids["kd-s0"]], "experiments": [runs[0].experiment_id]}
-    local = mlflow_link(config, runs)
-    assert local.command.endswith(f"mlflow ui --backend-store-uri sqlite:///{config.path('mlflow.db').resolve()}")
-    served = mlflow_link(load_config(path, ["tracking.uri=https://me:secret@mlflow.example.org/base/"]), runs)
-    assert served.command is None
-    for link, server in ((local, "http://127.0.0.1:5000"), (served, "https://mlflow.example.org/base")):
-        start, question = link.address.split("?")
-        assert start == f"{server}/#/compare-runs"
-        assert {key: json.loads(value) for key, (value,) in parse_qs(question).items()} == expected
-
-
-def test_the_report_is_one_file_that_links_only_to_mlflow(report):
-    page = report.read_text(encoding="utf-8")
-    targets = re.findall(r"""(?:src|href|action|data)\s*=\s*["']([^"']*)""", page)
-    outside = [target for target in targets if not target.startswith("#")]
-    assert len(outside) == 1
-    assert outside[0].startswith("http://127.0.0.1:5000/#/compare-runs?runs=")
-    assert not re.search(r"<script|@import|url\((?!#)|<link|<iframe", page)
-    assert "<b>words</b>" not in page
-    assert "senses &amp; &lt;b&gt;words&lt;/b&gt;" in page
-    ids = re.findall(r' id="([^"]+)"', page)
-    assert len(set(ids)) == len(ids)  # those of one picture are not another's
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A browser that shows a file and can neither resolve a name nor reach an address."""
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("there is no chromium; `make test` installs it where it is root: apt-get install chromium")
-
-    def show(page, *options):
-        command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-proxy-server"]
-        command += ["--host-resolver-rules=MAP * ~NOTFOUND", *options, page.as_uri()]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-    return show
-
-
-def test_a_browser_without_network_shows_the_report(report, browser, tmp_path):
-    shown = browser(report, f"--screenshot={tmp_path / 'report.png'}", "--window-size=1280,2400", "--dump-dom")
-    pixels = np.asarray(Image.open(tmp_path / "report.png").convert("RGB"))
-    assert pixels.shape == (2400, 1280, 3)
-    assert (pixels == 255).all(-1).mean() > 0.5  # dark on white
-    assert (pixels.max(-1) < 90).mean() > 0.01  # text
-    for number in range(2):  # bars, and not only the small squares before a group's name
-        color = [int(paint(number)[0][at : at + 2], 16) for at in (1, 3, 5)]
-        assert (np.abs(pixels.astype(int) - color).max(-1) < 3).sum() > 5000, number
-
-    parts = ("held-out-text", "tests", "settings", "curves", "runs")
-    assert [shown.count(f'<section id="{part}">') for part in parts] == [1] * 5
-    assert len(re.findall(r"<figure[^>]*><svg [^>]*>", shown)) == 4  # bars, two kinds of tests, curves
-    for cell in (r"kd</th>", r"<td[^>]*>loss\.sense_weight|<th[^>]*>loss\.sense_weight</th>", r"better</td>"):
-        assert re.search(cell, shown), cell

@@ -5,9 +5,10 @@ Some are examined here, on one rank, as `make models` examines all of them on tw
 
 import pytest
 import torch
-from architecture_findings import CUT, LOWEST, check_plan, examine_one, find_limits, reason_of
+from architecture_findings import CUT, LOWEST, examine_one, find_limits, reason_of
 from architectures import ARCHITECTURES, random_model
 from models_page import PAGE, page, row, written_rows
+from plans import check_plan
 from rank_processes import ONE_RANK
 
 from dskd.artifacts.manifest import write_json

@@ -13,6 +13,7 @@ from artifact_folders import open_dataset
 from plain_reading import run_apart
 from pydantic import ValidationError
 from rank_processes import run_program
+from stages import build_sequences_of
 from tiny_models import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,7 +23,7 @@ from dskd.artifacts.manifest import Manifest, Recipe, is_current, read_manifest
 from dskd.artifacts.mds import INDEX, read_index, read_samples
 from dskd.config import Config
 from dskd.config.reading import load_config
-from dskd.corpus.sequences import Sequences, TokenBatch, build_sequences
+from dskd.corpus.sequences import Sequences, TokenBatch
 from dskd.errors import UserError
 from dskd.models.folder import find_teacher
 from dskd.models.frozen import load_frozen
@@ -55,18 +56,13 @@ def _states(sample, column):
     return stored if stored.dtype == torch.float32 else stored.view(torch.bfloat16).float()
 
 
-def _build_sequences(config):
-    teacher = find_teacher(config)
-    build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "apart"), [("fp32", 1e-4), ("bf16", 0.08)])
 def test_the_stored_states_are_those_of_transformers(copy_of_tiny, world, tmp_path, precision, apart):
     """The last states, and those that enter layer 2 of a student whose layers 0 and 1 are frozen, by document."""
     options = [STORE, f"precision={precision}", "student.layers=3", "annotation.teacher_top_n=0"]
     config = load_config(copy_of_tiny("corpus", "lexicon", "teacher", "senses"), [*options, *FEW])
-    _build_sequences(config)
+    build_sequences_of(config)
     annotate(config, world)
     manifest = read_manifest(config.path("shards", "train"), "shards")
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
@@ -154,7 +150,7 @@ def test_states_are_those_of_the_continued_texts_without_their_padding(copy_of_t
     path = copy_of_tiny("corpus", "teacher", "senses")
     options = [STORE, "corpus.packing=none", "annotation.continuation_tokens=5", *FEW]
     config = load_config(path, options)
-    _build_sequences(config)
+    build_sequences_of(config)
     annotate(config, world)
     teacher = AutoModelForCausalLM.from_pretrained(find_teacher(config).path, dtype=torch.float32)
     assert read_manifest(config.path("shards", "train"), "shards").facts["continued_tokens"] > 10

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import ARCHITECTURES, POSITIONS, VOCABULARY, save_architecture
+from architectures import POSITIONS, VOCABULARY, save_architecture
 from forked_rank import run_as_rank
 from loaded_pairs import load_models
 from torch.nn import functional as F
@@ -37,10 +37,6 @@ from dskd.models.frozen import load_frozen
 from dskd.models.layers import layers_of
 from dskd.models.probes import check_documents
 from dskd.models.stored_names import base_model
-from dskd.plan import GB
-from dskd.plan.architecture import find_architecture
-from dskd.plan.cluster import Cluster
-from dskd.plan.plan import make_plan
 from dskd.students.student import build_student, find_student
 from dskd.training.exporting.rehearsal import rehearse_export
 from dskd.training.pair import load_pair
@@ -386,33 +382,3 @@ def _find(names: Sequence[str], ranks: int, timeout_s: float) -> dict[str, Findi
     with tempfile.TemporaryDirectory() as folder:
         finish(fork_ranks(examine, names, Path(folder), True, ranks=ranks), timeout_s)
         return {name: json.loads(Path(folder, f"{name}.json").read_text()) for name in names}
-
-
-def check_plan(folder: Path, name: str, *, is_refused: bool) -> str | None:
-    """Returns what is wrong with the plan for an architecture, or None.
-
-    A plan must refuse what training refuses, and otherwise only what cannot be planned without weights.
-    """
-    ARCHITECTURES[name].config().save_pretrained(folder)
-    config = Config(
-        workdir=str(folder / "work"),
-        teacher={"path": str(folder)},
-        student={"layers": LOWEST, "train_layers": 1},
-        corpus={"packing": "stream", "sequence_length": 16},
-    )
-    machine = Cluster(1, 1, 80 * GB, 500 * GB, "cpu", 40 * GB, 25 * GB, 5 * GB, 1e14)
-    try:
-        plan = make_plan(config, machine, find_architecture(config, None))
-    except UserError as error:
-        return (
-            None
-            if is_refused or "cannot be planned" in str(error)
-            else f"refused by the plan, but not by training: {error}"
-        )
-    if is_refused:
-        return "planned, but refused by training"
-    whole = AutoModelForCausalLM.from_config(ARCHITECTURES[name].config())
-    head = whole.get_output_embeddings().weight
-    is_tied = head is whole.get_input_embeddings().weight
-    expected = sum(parameter.numel() for parameter in whole.parameters()) - head.numel() * (not is_tied)
-    return None if plan.teacher.numel == expected else f"{plan.teacher.numel} parameters planned, not {expected}"

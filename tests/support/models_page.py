@@ -9,8 +9,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from architecture_findings import LIMITS, Finding, check_plan, find
+from architecture_findings import LIMITS, Finding, find
 from architectures import ARCHITECTURES
+from plans import check_plan
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "models.md"
 _TEXT = """# Which models can be distilled

@@ -1,9 +1,26 @@
-"""Packed documents read by transformers one by one, with which tests compare our own reading."""
+"""Parts of plain loops, with which tests compare training: its steps, and packed documents read one by one."""
 
 import functools
+from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import torch
+from rank_processes import ONE_RANK
+
+from dskd import shards
+from dskd.config import Config
+from dskd.training.collator import Collator
+from dskd.training.loader import load_steps
+from dskd.training.packed_step import StepBatches
+from dskd.training.schedule import Schedule, plan_schedule
+
+
+def steps_of_run(config: Config, cache: Path) -> tuple[Schedule, Generator[StepBatches, None, None]]:
+    """Returns the schedule of a run on one rank, and its steps with token ids and labels only."""
+    schedule = plan_schedule(config, shards.load_manifest(config, "train"), 1)
+    collate = Collator(None, None, micro_batch_size=schedule.micro_batch_size)
+    return schedule, load_steps(config, schedule, collate, cache, ONE_RANK, start_step=0)
 
 
 def run_apart(

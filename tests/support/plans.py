@@ -1,14 +1,19 @@
-"""Plans of toy jobs, for the tests of `dskd plan`."""
+"""Plans of toy jobs, for the tests of `dskd plan` and of architectures."""
 
 import json
 from pathlib import Path
 
+from architectures import ARCHITECTURES
 from tiny_models import SHAPE
+from transformers import AutoModelForCausalLM
 
 from dskd.config import Config
 from dskd.config.reading import load_config
+from dskd.errors import UserError
 from dskd.plan import GB
+from dskd.plan.architecture import find_architecture
 from dskd.plan.cluster import Cluster
+from dskd.plan.plan import make_plan
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
 
 MACHINES = ["--nodes", "1", "--gpus-per-node", "2", "--gpu-memory", "80", "--host-memory", "500"]
@@ -36,3 +41,32 @@ def shapes_file(folder: Path, **values: object) -> Path:
     path = folder / "shapes.json"
     path.write_text(json.dumps({**LLAMA, **values}), encoding="utf-8")
     return path
+
+
+def check_plan(folder: Path, name: str, *, is_refused: bool) -> str | None:
+    """Returns what is wrong with the plan for an architecture, or None.
+
+    A plan must refuse what training refuses, and otherwise only what cannot be planned without weights.
+    """
+    ARCHITECTURES[name].config().save_pretrained(folder)
+    config = Config(
+        workdir=str(folder / "work"),
+        teacher={"path": str(folder)},
+        student={"layers": [0, 1], "train_layers": 1},
+        corpus={"packing": "stream", "sequence_length": 16},
+    )
+    try:
+        plan = make_plan(config, cluster_of(), find_architecture(config, None))
+    except UserError as error:
+        return (
+            None
+            if is_refused or "cannot be planned" in str(error)
+            else f"refused by the plan, but not by training: {error}"
+        )
+    if is_refused:
+        return "planned, but refused by training"
+    whole = AutoModelForCausalLM.from_config(ARCHITECTURES[name].config())
+    head = whole.get_output_embeddings().weight
+    is_tied = head is whole.get_input_embeddings().weight
+    expected = sum(parameter.numel() for parameter in whole.parameters()) - head.numel() * (not is_tied)
+    return None if plan.teacher.numel == expected else f"{plan.teacher.numel} parameters planned, not {expected}"

@@ -16,6 +16,13 @@ from dskd.tracking import Start, log_export, read_history, read_runs, start_trac
 from dskd.training import checkpoint
 
 
+def _wait_for_line(text, capsys):
+    """Waits until the text was printed; returns everything printed since capsys was last read."""
+    printed = [""]
+    wait_for(lambda: printed.append(capsys.readouterr().err) or text in "".join(printed))
+    return "".join(printed)
+
+
 @pytest.mark.slow
 def test_an_outage_of_the_server_loses_nothing_and_stops_no_training(link, tmp_path, capsys):
     config = tracking_config(tmp_path, uri=link.uri, experiment="outage")
@@ -25,13 +32,12 @@ def test_an_outage_of_the_server_loses_nothing_and_stops_no_training(link, tmp_p
     link.cut()
     for step in range(2, 30):  # if logging waited for the server, the line that connects it again would not be reached
         tracking.log_metrics({"train/loss": 1.0 / step, "train/ce": 2.0}, step)
-    printed = [""]
-    wait_for(lambda: printed.append(capsys.readouterr().err) or "MLflow cannot be reached" in "".join(printed))
+    printed = _wait_for_line("MLflow cannot be reached", capsys)
     time.sleep(0.5)  # in which it tries again several times
     link.mend()
+    printed += _wait_for_line("MLflow can be reached again", capsys)  # otherwise `finish` would wait only briefly
     tracking.finish("FINISHED")
-    printed.append(capsys.readouterr().err)
-    assert "".join(printed).count("MLflow cannot be reached") == 1
+    assert (printed + capsys.readouterr().err).count("MLflow cannot be reached") == 1
     (run,) = read_runs(config)
     assert run.status == "FINISHED"
     assert read_history(config, run.run_id, "train/loss") == [(step, 1.0 / step) for step in range(1, 30)]
@@ -60,6 +66,7 @@ def test_unsent_messages_are_sent_by_the_next_start_and_by_export(link, tmp_path
     assert (second.run_id, second.device_hours) == (first.run_id, 0.7)
     for step in (5, 6, 7):
         second.log_metrics({"train/loss": 5.5 if step == 5 else float(step)}, step)
+    _wait_for_line("MLflow cannot be reached", capsys)  # otherwise `finish` would wait for a minute
     second.finish("FINISHED")
     # As if their process had ended.
     wait_for(lambda: not [one for one in threading.enumerate() if one.name == "mlflow" and one not in others])

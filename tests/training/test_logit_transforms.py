@@ -5,28 +5,17 @@ import shutil
 import pytest
 import torch
 from architectures import save_architecture
-from plain_reading import run_apart
-from rank_processes import ONE_RANK
+from plain_reading import run_apart, steps_of_run
 from safetensors.torch import load_file
+from stages import build_inputs_of_training
 from tiny_work import NO_RUNS, write_config
 from torch.nn import functional as F
 from tracked_results import losses_of
 from transformers import AutoModelForCausalLM
 
-from dskd import shards
 from dskd.config.reading import load_config
-from dskd.corpus.build import build_corpus
-from dskd.corpus.sequences import build_sequences
-from dskd.lexicon.build import build_lexicon
-from dskd.models.folder import find_teacher
-from dskd.senses.build import build_senses
-from dskd.shards.annotate import annotate
-from dskd.students.student import build_student
 from dskd.training import checkpoint
-from dskd.training.collator import Collator
 from dskd.training.exporting.export import build_export
-from dskd.training.loader import load_steps
-from dskd.training.schedule import plan_schedule
 from dskd.training.train import train
 
 pytestmark = pytest.mark.slow
@@ -81,19 +70,11 @@ def test_a_pair_trains_as_in_a_plain_loop_and_its_export_computes_the_same(
     config = load_config(path)
     config.path().mkdir()
     shutil.copyfile(no_runs, config.path(NO_RUNS))
-    build_lexicon(config)
-    build_corpus(config)
-    found = find_teacher(config)
-    build_sequences(config, found.load_tokenizer(), found.tokenizer_digest)
-    build_senses(config, world)
-    annotate(config, world)
-    build_student(config)
+    build_inputs_of_training(config, world)
     train(config, world)
     build_export(config)
 
-    schedule = plan_schedule(config, shards.load_manifest(config, "train"), 1)
-    collate = Collator(None, None, micro_batch_size=schedule.micro_batch_size)
-    steps = load_steps(config, schedule, collate, tmp_path / "cache", ONE_RANK, start_step=0)
+    schedule, steps = steps_of_run(config, tmp_path / "cache")
     plain_teacher, plain = _load("teacher"), _load(config.path("student"))
     parameters = list(plain.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)

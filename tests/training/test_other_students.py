@@ -4,15 +4,14 @@ import shutil
 
 import pytest
 import torch
-from plain_reading import run_apart
-from rank_processes import ONE_RANK, run_program
+from plain_reading import run_apart, steps_of_run
+from rank_processes import run_program
 from safetensors.torch import load_file
 from tiny_work import BEFORE_TRAINING, TINY, copy_work
 from torch.nn import functional as F
 from tracked_results import losses_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from dskd import shards
 from dskd.artifacts import kinds
 from dskd.config.reading import load_config
 from dskd.errors import UserError
@@ -21,10 +20,7 @@ from dskd.evaluation.scores_by_example import read_examples
 from dskd.shards.annotate import annotate
 from dskd.students.student import build_student
 from dskd.training import checkpoint
-from dskd.training.collator import Collator
 from dskd.training.exporting.export import build_export
-from dskd.training.loader import load_steps
-from dskd.training.schedule import plan_schedule
 from dskd.training.status import report_status
 from dskd.training.train import train
 
@@ -87,9 +83,7 @@ def _tensors(path):
 def test_losses_and_weights_are_those_of_a_plain_loop_with_transformers(trained, tmp_path):
     """Single documents, autograd, torch's AdamW and clipping; the divergence is over the tokens that both have."""
     config = load_config(trained)
-    schedule = plan_schedule(config, shards.load_manifest(config, "train"), 1)
-    collate = Collator(None, None, micro_batch_size=schedule.micro_batch_size)
-    steps = load_steps(config, schedule, collate, tmp_path / "cache", ONE_RANK, start_step=0)
+    schedule, steps = steps_of_run(config, tmp_path / "cache")
     teacher, student = (
         AutoModelForCausalLM.from_pretrained(config.path(name), dtype=torch.float32) for name in ("teacher", "student")
     )

@@ -14,14 +14,13 @@ import yaml
 from artifact_folders import update_manifest
 from rank_processes import run_program
 from safetensors.torch import load_file
+from stages import build_sequences_of
 from tiny_work import BEFORE_TRAINING, NO_RUNS, TINY, copy_work, write_config
 
 from dskd.artifacts import kinds
 from dskd.artifacts.mds import INDEX, read_samples
 from dskd.config.reading import load_config
-from dskd.corpus.sequences import build_sequences
 from dskd.errors import UserError
-from dskd.models.folder import find_teacher
 from dskd.shards.annotate import annotate
 from dskd.students.student import build_student
 from dskd.tracking import read_history, read_runs
@@ -165,8 +164,7 @@ def test_sequences_of_different_lengths_train_as_with_the_teacher(copy_of_stored
     corpus = ["corpus.packing='none'", "corpus.max_sequences=48", "corpus.max_validation_sequences=4"]
     path = copy_of_stored()
     config = load_config(path, corpus)
-    teacher = find_teacher(config)
-    build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
+    build_sequences_of(config)
     annotate(config, world)
     samples = list(read_samples(config.path("shards", "train") / INDEX, columns=["loss_mask", "teacher_states"]))
     assert len({len(sample["teacher_states"]) for sample in samples}) > 5

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from artifact_folders import open_dataset, update_manifest
-from plain_reading import run_apart
+from plain_reading import run_apart, steps_of_run
 from rank_processes import ONE_RANK, run_program, start_ranks
 from safetensors.torch import load_file, save_file
 from tiny_work import BEFORE_TRAINING, TINY, copy_work, write_config
@@ -27,13 +27,10 @@ from dskd.random_numbers import derived_seed
 from dskd.shards.annotate import annotate
 from dskd.tracking import read_runs
 from dskd.training import checkpoint
-from dskd.training.collator import Collator
 from dskd.training.distribution_candidates import CandidateRows
 from dskd.training.exporting.export import build_export
 from dskd.training.inputs import load_inputs
-from dskd.training.loader import load_steps
 from dskd.training.positions import SensePositions
-from dskd.training.schedule import plan_schedule
 from dskd.training.status import report_status
 from dskd.training.train import train
 
@@ -114,10 +111,7 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
     config = load_config(config_path)
     train(config, world)
 
-    manifest = shards.load_manifest(config, "train")
-    schedule = plan_schedule(config, manifest, 1)
-    collate = Collator(None, None, micro_batch_size=schedule.micro_batch_size)
-    steps = load_steps(config, schedule, collate, tmp_path / "cache", ONE_RANK, start_step=0)
+    schedule, steps = steps_of_run(config, tmp_path / "cache")
     teacher = AutoModelForCausalLM.from_pretrained(config.path("teacher"), dtype=torch.float32)
     student = AutoModelForCausalLM.from_pretrained(config.path("student"), dtype=torch.float32)
     end_token = AutoTokenizer.from_pretrained(config.path("teacher")).eos_token_id
@@ -223,9 +217,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(copy_o
     """
     path = copy_of_tiny(*BEFORE_TRAINING, "checkpoints", train={**TINY["train"], "checkpoint_every": 1})
     config = load_config(path)
-    schedule = plan_schedule(config, shards.load_manifest(config, "train"), 1)
-    collate = Collator(None, None, micro_batch_size=schedule.micro_batch_size)
-    steps = load_steps(config, schedule, collate, tmp_path / "a", ONE_RANK, start_step=0)
+    _, steps = steps_of_run(config, tmp_path / "a")
     samples = [[int(i) for batch in next(steps).micro_batches for i in batch["sample_ids"]] for _ in range(2)]
     steps.close()
     dataset = shards.open_shards(config, "train", tmp_path / "b", ONE_RANK, batch_size=1)

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from plain_reading import run_apart
+from plain_reading import run_apart, steps_of_run
 from rank_processes import ONE_RANK, run_program
 from safetensors.torch import load_file
 from tiny_work import BEFORE_TRAINING, TINY, copy_work
@@ -21,11 +21,8 @@ from dskd.errors import UserError
 from dskd.shards.annotate import annotate
 from dskd.students.student import build_student
 from dskd.training import checkpoint
-from dskd.training.collator import Collator
 from dskd.training.exporting.export import build_export
 from dskd.training.inputs import load_inputs
-from dskd.training.loader import load_steps
-from dskd.training.schedule import plan_schedule
 from dskd.training.train import train
 from dskd.training.universal_checkpoint import make_universal, universal_folder
 from dskd.training.width_map import StateSums
@@ -111,9 +108,7 @@ def test_training_with_a_map_is_what_a_plain_loop_does(narrow, world, tmp_path, 
     printed = capsys.readouterr().err
 
     manifest = shards.load_manifest(config, "train")
-    schedule = plan_schedule(config, manifest, 1)
-    collate = Collator(None, None, micro_batch_size=schedule.micro_batch_size)
-    steps = load_steps(config, schedule, collate, tmp_path / "cache", ONE_RANK, start_step=0)
+    schedule, steps = steps_of_run(config, tmp_path / "cache")
     teacher = AutoModelForCausalLM.from_pretrained(config.path("teacher"), dtype=torch.float32)
     student = AutoModelForCausalLM.from_pretrained(config.path("student"), dtype=torch.float32)
     end = AutoTokenizer.from_pretrained(config.path("teacher")).eos_token_id

@@ -7,12 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chat_templates import SMOLLM, chat_tokenizer
+from stages import build_sequences_of
 from tiny_models import save_model
 
 from dskd.artifacts.manifest import is_current, read_manifest
 from dskd.config import Config
 from dskd.corpus.build import build_corpus, read_texts, recipe
-from dskd.corpus.sequences import build_sequences, load_sequences
+from dskd.corpus.sequences import load_sequences
 from dskd.corpus.sequences import recipe as recipe_of_sequences
 from dskd.errors import UserError
 from dskd.models.folder import find_teacher
@@ -67,8 +68,7 @@ def _write(path, records):
 
 def _build(config):
     build_corpus(config)
-    teacher = find_teacher(config)
-    build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
+    teacher = build_sequences_of(config)
     return {split: load_sequences(config, split, teacher.tokenizer_digest)[0] for split in ("train", "validation")}
 
 

@@ -4,16 +4,16 @@ import json
 
 import pytest
 import torch
+from stages import build_sequences_of
 from task_files import DATA, PLACES
 from tiny_models import save_model, word_tokenizer
 
 from dskd.config import Config
 from dskd.corpus.build import build_corpus, read_continuation_tokens, read_texts, recipe
-from dskd.corpus.sequences import build_sequences, load_sequences
+from dskd.corpus.sequences import load_sequences
 from dskd.corpus.tasks.benchmarks import BENCHMARKS, Example
 from dskd.corpus.tasks.documents import split
 from dskd.errors import UserError
-from dskd.models.folder import find_teacher
 from dskd.models.frozen import load_frozen
 from dskd.shards.continuations import Continuer
 
@@ -142,9 +142,8 @@ def test_the_teacher_continues_a_prompt_by_at_most_the_tokens_of_an_answer(tmp_p
     words = {word for path in DATA.rglob("*") if path.is_file() for word in path.read_text().split()}
     word_tokenizer(sorted(words)[:98]).save_pretrained(teacher_folder)
     config = _config(tmp_path, teacher=teacher_folder, sequence_length=200, tasks=("piqa", "squad_v2"))
-    folder = find_teacher(config)
     build_corpus(config)
-    build_sequences(config, folder.load_tokenizer(), folder.tokenizer_digest)
+    folder = build_sequences_of(config)
     sequences, _ = load_sequences(config, "train", folder.tokenizer_digest)
     allowed = list(read_continuation_tokens(config, "train"))
     assert sorted(set(allowed)) == [2, 10]
