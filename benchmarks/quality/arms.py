@@ -1,9 +1,9 @@
 """The arms of the study: ways to train a student, each with what is tried of it and what it is compared with.
 
 A *look* trains an arm with one value, `look`, and the seeds `LOOK_SEEDS`, and measures it on the validation part:
-cheap, and a lead. For a result, arms are tried on the validation part with the seed `TUNING_SEED`; the value with the lowest
-KL to the teacher is chosen. Those marked as `tested` are then trained with other seeds and measured once on the test
-part.
+cheap, and a lead. For a result, arms are tried on the validation part with the seed `TUNING_SEED`; the value with the
+lowest KL to the teacher is chosen. Those marked as `tested` are then trained with other seeds and measured once on the
+test part.
 """
 
 from collections.abc import Mapping

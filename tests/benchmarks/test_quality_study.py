@@ -256,7 +256,7 @@ def test_documents_are_in_one_part_only(stored, teacher):
     assert not found[0] & found[1]
 
 
-_SETTINGS = Settings(layers=3, train_layers=1, batch_size=4, learning_rate=1e-3, epochs=0.5)
+_SETTINGS = Settings(layers=3, train_layers=1, batch_size=4, learning_rate=3e-4, epochs=0.5)
 
 
 @pytest.mark.slow
