@@ -6,10 +6,11 @@
 Both have the same models, tokens, batches, accumulation, trained layers, AdamW and number format. They take turns, each
 in separate processes. GKD has the settings nearest to ours: lmbda=0 (no generation), beta=0 (KL of teacher to student).
 Its DistillationTrainer always generates, so its chunked loss, the same KL without whole logits, is measured in a plain
-loop over Hugging Face's models (`TRL's chunked loss`). TRL's loss has no cross-entropy, and its temperature affects
-only sampling, so our step does more: CE with KL at temperature 2, without and with the sense loss. Recomputing
-activations, TRL's default, is off on both sides. With bf16 models TRL runs under autocast by default; with
-`--plain-bf16` it computes everything, softmax included, in bf16.
+loop over Hugging Face's models (`TRL's chunked loss`), and so is Liger's fused loss (LigerFusedLinearJSDLoss with
+beta=0, the same KL; compiled on a GPU, as by default), if the package is there. TRL's loss has no cross-entropy, and
+its temperature affects only sampling, so our step does more: CE with KL at temperature 2, without and with the sense
+loss. Recomputing activations, TRL's default, is off on both sides. With bf16 models TRL runs under autocast by default;
+with `--plain-bf16` it computes everything, softmax included, in bf16.
 
 Memory is the peak over the measured steps, minus what the process held before it loaded its models. On a CPU it is
 measured in separate processes in which freed memory counts as free at once, because that slows them down.
@@ -21,12 +22,13 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.loss_memory import liger_loss
 from benchmarks.profiling import Profile, shares_text
 from benchmarks.report import (
     EXACT_MEMORY,
@@ -49,9 +51,9 @@ from dskd.models.trained import choose_trained
 from dskd.students.student import find_student
 
 _OURS = {"dskd: CE + KL": "loss.sense_weight=0", "dskd: CE + KL + sense": "loss.sense_weight=1"}
-_TRL, _TRL_CHUNKED = "TRL's GKD", "TRL's chunked loss"
-_CONTROLS = (_TRL_CHUNKED, _TRL)
-_SIDES = dict(zip(("plain", "sense", "chunked", "trl"), (*_OURS, *_CONTROLS), strict=True))
+_TRL, _TRL_CHUNKED, _LIGER = "TRL's GKD", "TRL's chunked loss", "Liger's fused loss"
+_CONTROLS = (_TRL_CHUNKED, _LIGER, _TRL)
+_SIDES = dict(zip(("plain", "sense", "chunked", "liger", "trl"), (*_OURS, *_CONTROLS), strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the measured ones")
     parser.add_argument("--rounds", type=int, default=2, help="number of processes of each side")
     parser.add_argument("--only", choices=("plain", "sense"), help="our variant to compare with TRL's; default: both")
+    parser.add_argument(
+        "--quick-memory",
+        action="store_true",
+        help="on a CPU: no separate processes for memory, which is then not exact",
+    )
     parser.add_argument("--plain-bf16", action="store_true", help="TRL without autocast")
     parser.add_argument(
         "--profile", action="store_true", help="print the kinds of operations that take the time; measure nothing else"
@@ -69,18 +76,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.child is not None:
         side, path = args.child
         config = read_config(Path(path), args.overrides, *([_OURS[side]] if side in _OURS else []))
-        run = {_TRL: _run_gkd, _TRL_CHUNKED: _run_chunked}.get(side, _run_ours)
-        print_result(run(config, args))
+        loops = {_TRL_CHUNKED: _trl_chunked, _LIGER: _liger}
+        if side in loops:
+            print_result(_run_loop(config, args, loops[side]))
+        else:
+            print_result((_run_gkd if side == _TRL else _run_ours)(config, args))
         return
     if importlib.util.find_spec("trl") is None:
         parser.error('TRL is not installed; install it with pip install -e ".[benchmarks]"')
     at_start = machine()
     options = ["--steps", args.steps, "--warm-up", args.warm_up]
     options += ["--plain-bf16"] * args.plain_bf16 + ["--profile"] * args.profile
+    has_liger = importlib.util.find_spec("liger_kernel") is not None
+    controls = [name for name in _CONTROLS if name != _LIGER or has_liger]
     sides = [name for key, name in _SIDES.items() if args.only in {None, key} or name in _CONTROLS]
+    sides = [name for name in sides if name in _OURS or name in controls]
     rates: dict[str, list[float]] = {name: [] for name in sides}
     # On a GPU the allocator's count is exact, so memory needs no separate processes.
-    rounds_of_memory = 0 if default_device().type == "cuda" else 1
+    rounds_of_memory = 0 if args.quick_memory or default_device().type == "cuda" else 1
     memory: dict[str, dict[str, float]] = {}
     with work_directory(args) as path:
         if args.profile:
@@ -116,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
         for name, result in results.items()
     ]
+    if not has_liger:
+        rows.append([_LIGER, "not installed", "", "", "", ""])
     rows.append(["goal", "", ">= 1.5", "", "<= 0.5", ""])
     header = ("", "tokens/s", "ratio", "peak memory, GB", "ratio", "of it within a step")
     publish(args, "benchmarks.gkd", header, rows, results, at_start)
@@ -202,9 +217,33 @@ def _load_models(config: Config, dtype: torch.dtype) -> list[Any]:
     return models
 
 
-def _run_chunked(config: Config, args: argparse.Namespace) -> dict[str, float]:
+# A loss of the states and matrix of the student, those of the teacher, and the labels, summed over all positions.
+_Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _trl_chunked(
+    states: torch.Tensor, weight: torch.Tensor, teacher_states: torch.Tensor, teacher_weight: torch.Tensor, _: Any
+) -> torch.Tensor:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
+    inputs = states, weight, None, teacher_states, teacher_weight, None
+    divergence, _ = ChunkedDivergenceFunction.apply(*inputs, 0.0, 1.0)
+    return divergence.sum()
+
+
+def _liger(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    teacher_states: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    loss = liger_loss(temperature=1.0, ce_weight=0.0, kd_weight=1.0)
+    return loss(states, weight, teacher_states, teacher_weight, labels) * len(labels)
+
+
+def _run_loop(config: Config, args: argparse.Namespace, loss: _Loss) -> dict[str, float]:
+    """Trains in a plain loop over Hugging Face's models, with a loss that takes states instead of logits."""
     device, train = default_device(), config.train
     dtype = compute_dtype(config.precision, device)
     meter = _meter_from_now(config, args, device)
@@ -220,10 +259,9 @@ def _run_chunked(config: Config, args: argparse.Namespace) -> dict[str, float]:
             with torch.no_grad():
                 teacher_states = teacher.base_model(inputs, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
             states = student.base_model(inputs, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-            divergence, _ = ChunkedDivergenceFunction.apply(
-                states, student.lm_head.weight, None, teacher_states, teacher.lm_head.weight, None, 0.0, 1.0
-            )
-            (divergence.sum() / targets).backward()
+            labels = inputs[:, 1:].flatten()
+            total = loss(states, student.lm_head.weight, teacher_states, teacher.lm_head.weight, labels)
+            (total / targets).backward()
         torch.nn.utils.clip_grad_norm_(parameters, train.gradient_clipping)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,6 +1,6 @@
 """Time and memory of the output head, CE with KL at temperature 2, against its matrix products alone.
 
-    python -m benchmarks.head                                        # toy and SmolLM2's shape, float32 and bf16
+    python -m benchmarks.head                                        # the presets small and smollm2, float32 and bf16
     python -m benchmarks.head --presets 8b --positions 8192          # on a GPU
     python -m benchmarks.head --train-head --dtypes float32
 
@@ -44,7 +44,7 @@ _HEADS = {"eager": False, "compiled": True}  # {variant: whether its losses are 
 def main(arguments: Sequence[str] | None = None) -> None:
     is_cuda = default_device().type == "cuda"
     parser = build_parser(__doc__)
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["8b"] if is_cuda else ["toy", "smollm2"])
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["8b"] if is_cuda else ["small", "smollm2"])
     parser.add_argument("--positions", type=int, default=8192 if is_cuda else 1024)
     parser.add_argument("--chunk-size", type=int, help="train.loss_chunk_size; default: that of training")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])

@@ -5,7 +5,7 @@
 No model is loaded: the program only takes the loader's steps, one after the other, as fast as they come. Each step has
 the states of all its samples, compared with the hashes of the shards' index. The shards are read once before, so that
 they are in the page cache; `torch.Tensor.copy_` of as many bytes, between two buffers that were written before, is the
-control. Loaders with 1 and 2 workers take turns with it.
+control. Loaders with 1 and 2 workers take turns with it, and their rates are also given as shares of its rate.
 """
 
 import functools
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import Spread, machine, parse, publish, take_turns
+from benchmarks.report import Spread, machine, parse, publish, ratios, take_turns
 from benchmarks.workload import build_workload_parser, read_config, work_directory
 from dskd.distributed.node_cache import open_node_cache
 from dskd.distributed.rendezvous import initialize, shutdown
@@ -25,6 +25,7 @@ from dskd.training.loader import load_steps
 from dskd.training.packed_step import StepBatches
 from dskd.training.schedule import plan_schedule
 
+_COPY = "a copy in memory"
 _WORKERS = (1, 2)
 _STEPS = 40  # taken in each turn, of which up to four were prepared before it
 
@@ -50,15 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         work: dict[str, Callable[[], object]] = {
             name: functools.partial(_take_steps, loader) for name, loader in loaders.items()
         }
-        work["a copy in memory"] = lambda: [target.copy_(source) for _ in range(_STEPS)]
+        work[_COPY] = lambda: [target.copy_(source) for _ in range(_STEPS)]
         seconds = take_turns(work, rounds=args.rounds)
         for loader in loaders.values():
             loader.close()  # type: ignore[attr-defined]
         shutdown()
     rates = {name: Spread.of(_STEPS * size / value / 1e9 for value in values) for name, values in seconds.items()}
-    rows = [[name, rate.text(".2f")] for name, rate in rates.items()]
-    results: dict[str, Any] = {name: rate.as_dict() for name, rate in rates.items()}
-    publish(args, "benchmarks.loader", ("", "GB/s"), rows, results, at_start)
+    shares = {name: ratios(seconds, _COPY, name) for name in rates}
+    rows = [[name, rate.text(".2f"), shares[name].text(".2f")] for name, rate in rates.items()]
+    results: dict[str, Any] = {
+        name: {"gb_per_s": rate.as_dict(), "of_copy": shares[name].as_dict()} for name, rate in rates.items()
+    }
+    publish(args, "benchmarks.loader", ("", "GB/s", "of the copy"), rows, results, at_start)
 
 
 def _take_steps(loader: Iterator[StepBatches]) -> None:

@@ -5,7 +5,8 @@
     python -m benchmarks.loss_memory --dtype float32 --train-head
 
 The control is `F.linear`, `F.cross_entropy` and `F.kl_div` with autograd. If TRL is installed (`pip install -e
-".[benchmarks]"`), the chunked loss of its DistillationTrainer is measured, too: the KL alone, without the CE. Its
+".[benchmarks]"`), the chunked loss of its DistillationTrainer is measured, too: the KL alone, without the CE; and if
+Liger is, its fused loss (LigerFusedLinearJSDLoss with beta=0), which is CE and KL, compiled on a GPU. The control's
 memory grows with the number of positions times V, so on a CPU fewer positions are measured. Ours hardly grows, so the
 ratio falls with more positions. Memory is measured in a separate process for each side; it includes the gradients, but
 not the states and output matrices. Time is measured in one process, in which both sides take turns.
@@ -15,6 +16,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,8 +38,9 @@ from benchmarks.report import (
 from benchmarks.workload import build_loss
 from dskd.config import LossConfig
 
-_WHOLE, _OURS, _TRL = "whole logits", "dskd", "TRL's chunked loss"
-_SIDES = (_WHOLE, _OURS, *([_TRL] if importlib.util.find_spec("trl") else []))
+_WHOLE, _OURS, _TRL, _LIGER = "whole logits", "dskd", "TRL's chunked loss", "Liger's fused loss"
+_PACKAGES = {_TRL: "trl", _LIGER: "liger_kernel"}
+_SIDES = (_WHOLE, _OURS, *(side for side, package in _PACKAGES.items() if importlib.util.find_spec(package)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -91,8 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     ratios(seconds, _OURS, side).text(),
                 ]
             )
+    rows += [["", side, "not installed", "", "", ""] for side in _PACKAGES if side not in _SIDES]
     rows.append(["goal at 8,192", _WHOLE, "", "", "<= 0.10", ""])
-    rows.append(["goal", _TRL, "", "", "<= 1", ""])
+    rows.append(["goal", "the others", "", "", "<= 1", ""])
     header = ("positions", "control", "its GB", "dskd, GB", "ratio", "ratio of times")
     publish(args, "benchmarks.loss_memory", header, rows, {"settings": settings, "sizes": results}, at_start)
 
@@ -121,6 +125,8 @@ def _build(side: str, positions: int, args: argparse.Namespace) -> Callable[[], 
     loss = LossConfig(sense_weight=0)  # type: ignore[call-arg]
     options = {"chunk_size": args.chunk_size} if args.chunk_size else {}
     ours = build_loss(weight, teacher_weight, loss, device, **options)
+    kd_weight = loss.kd_weight * loss.temperature**2
+    fused = liger_loss(loss.temperature, loss.ce_weight, kd_weight) if side == _LIGER else None
 
     def run() -> None:
         hidden.grad = weight.grad = None
@@ -128,6 +134,8 @@ def _build(side: str, positions: int, args: argparse.Namespace) -> Callable[[], 
             total, _ = ours(hidden, teacher_hidden, labels)
         elif side == _TRL:
             total = _trl(hidden, weight, teacher_hidden, teacher_weight, loss)
+        elif side == _LIGER:
+            total = fused(hidden, weight, teacher_hidden, teacher_weight, labels)
         else:
             total = _whole(hidden, weight, teacher_hidden, teacher_weight, labels, loss)
         total.backward()
@@ -169,6 +177,23 @@ def _trl(
     inputs = (hidden, weight, None, teacher_hidden, teacher_weight, None)
     divergence, _ = ChunkedDivergenceFunction.apply(*inputs, 0.0, loss.temperature)
     return loss.kd_weight * loss.temperature**2 * divergence.mean()
+
+
+def liger_loss(temperature: float, ce_weight: float, kd_weight: float) -> Any:
+    """Returns Liger's loss, the mean of CE and forward KL with these weights, as a function.
+
+    It takes the student's states [N, D] and matrix [V, D], those of the teacher, and labels [N]. Liger compiles it by
+    default, for which a CPU would need minutes.
+    """
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    return LigerFusedLinearJSDLoss(
+        weight_hard_loss=ce_weight,
+        weight_soft_loss=kd_weight,
+        beta=0.0,
+        temperature=temperature,
+        compiled=default_device().type == "cuda",
+    )
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ class Profile:
     def __init__(self) -> None:
         from torch.profiler import ProfilerActivity, profile
 
-        self._is_cuda = default_device().type == "cuda"
-        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * self._is_cuda]
+        self.is_cuda = default_device().type == "cuda"
+        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * self.is_cuda]
         self._profiler: Any = profile(activities=activities, acc_events=True)
 
     def start(self) -> None:
@@ -41,20 +41,40 @@ class Profile:
         On a CPU an operation's time is its own time, without operations inside it, on the calling thread; on a GPU it
         is the time of its kernels.
         """
-        if self._is_cuda:
+        if self.is_cuda:
             torch.cuda.synchronize()
-        elapsed_us = (time.perf_counter() - self._started) * 1e6
+        self._elapsed_us = (time.perf_counter() - self._started) * 1e6
         self._profiler.stop()
         spent: Counter[str] = Counter()
         for event in self._profiler.key_averages():
-            own = event.self_device_time_total if self._is_cuda else event.self_cpu_time_total
-            spent[kind_of(event.key)] += own / elapsed_us
+            own = event.self_device_time_total if self.is_cuda else event.self_cpu_time_total
+            spent[kind_of(event.key)] += own / self._elapsed_us
         spent[_NO_OPERATION] = max(0.0, 1 - sum(spent.values()))
         return dict(spent.most_common())
 
+    def events(self) -> list[Any]:
+        """Returns torch's events of the host: operations and ranges, each with the one around it (`cpu_parent`)."""
+        from torch.autograd import DeviceType
+
+        return [event for event in self._profiler.events() if event.device_type == DeviceType.CPU]
+
+    def own_share(self, event: Any) -> float:
+        """Returns the share of the elapsed time that an event takes itself: on a GPU in the kernels it starts."""
+        own = sum(kernel.duration for kernel in event.kernels) if self.is_cuda else event.self_cpu_time_total
+        return float(own / self._elapsed_us)
+
+    def kernels(self, is_wanted: Callable[[Any], bool]) -> list[str]:
+        """Returns the names of the GPU's kernels that wanted events of the host start, the longest first."""
+        spent: Counter[str] = Counter()
+        for event in self.events():
+            if event.kernels and is_wanted(event):
+                for kernel in event.kernels:
+                    spent[kernel.name] += kernel.duration
+        return [name for name, _ in spent.most_common()]
+
     def table(self) -> str:
         """Returns a table of the 25 operations that take the most time."""
-        order = "self_cuda_time_total" if self._is_cuda else "self_cpu_time_total"
+        order = "self_cuda_time_total" if self.is_cuda else "self_cpu_time_total"
         return self._profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
 
 

@@ -79,7 +79,7 @@ def publish(
     results: Mapping[str, Any],
     at_start: Mapping[str, Any],
 ) -> None:
-    """Prints the table, and writes `results` with the command and the machine to the file of `--output`.
+    """Prints the table, and writes it with `results`, the command and the machine to the file of `--output`.
 
     Args:
         args: the benchmark's arguments.
@@ -97,7 +97,11 @@ def publish(
     print(table(header, rows), flush=True)
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output, {"command": command, "machine": dict(at_start), "results": dict(results)})
+        table_of_output = {"header": list(header), "rows": [list(row) for row in rows]}
+        write_json(
+            args.output,
+            {"command": command, "machine": dict(at_start), "table": table_of_output, "results": dict(results)},
+        )
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,10 @@ class Preset:
 
 
 PRESETS = {
+    # Only tries the benchmarks themselves: a step takes milliseconds.
+    "tiny": Preset(Shape(512, 64, 128, 4, 2, 4, 3, 1, 64), global_batch_size=4, micro_batch_size=2),
     # A step takes about a second on two cores; the head's share of the FLOPs is the same as at 8B.
-    "toy": Preset(Shape(8192, 512, 1792, 8, 2, 8, 4, 2, 256), global_batch_size=8, micro_batch_size=4),
+    "small": Preset(Shape(8192, 512, 1792, 8, 2, 8, 4, 2, 256), global_batch_size=8, micro_batch_size=4),
     # SmolLM2-135M to 15 layers: the smallest model whose vocabulary makes the head as large as its layers.
     "smollm2": Preset(Shape(49_152, 576, 1536, 9, 3, 30, 15, 2, 512), global_batch_size=4, micro_batch_size=2),
     # The same with all of the student's layers trained, as other systems do: teacher and student share no trunk.
@@ -77,8 +79,10 @@ PRESETS = {
 def build_workload_parser(description: str | None) -> argparse.ArgumentParser:
     """Builds a parser with options for the preset, the work directory's folder and `section.key=value` overrides."""
     parser = build_parser(description)
-    default = "8b" if uses_gpu() else "toy"
-    parser.add_argument("--preset", choices=PRESETS, default=default, help="sizes; default: 8b on a GPU, otherwise toy")
+    default = "8b" if uses_gpu() else "small"
+    parser.add_argument(
+        "--preset", choices=PRESETS, default=default, help="sizes; default: 8b on a GPU, otherwise small"
+    )
     parser.add_argument(
         "--folder", type=Path, help="make the work directory in this folder and keep it; if there is one, use it"
     )
@@ -220,7 +224,7 @@ class OurTraining:
             source=inputs.source,
             teacher=teacher if inputs.source.kind == "loaded" else None,
         )
-        self.teacher = self._pair.teacher
+        self.teacher, self.engine = self._pair.teacher, self._pair.engine
         collate = build_collator(config, inputs, schedule, self._pair.source)
         cache = open_node_cache(config.train.shard_cache, world)
         bank = load_sense_bank(config, inputs, world)

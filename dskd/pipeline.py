@@ -74,7 +74,8 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     config = load_config(path, overrides)
     hold_lock(config.path(LOCK), "runs the pipeline in this work directory", wait_s=LOCK_PATIENCE_S)
     started = time.perf_counter()
-    # Found once, when it is first needed: a teacher that the pipeline makes exists only after its stage.
+    # Found when it is first needed: a teacher that the pipeline makes exists only after its stage. Functions that do
+    # not take it find it again, but do not hash its weights again (`digest_cache`).
     teacher = functools.cache(lambda: find_teacher(config))
     if not config.teacher.is_made:
         teacher()  # fails early, before the corpus is read, if the model does not fit
@@ -117,7 +118,8 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
 def plan_stages(
     config: Config, path: Path, overrides: Sequence[str], teacher: Callable[[], ModelFolder]
 ) -> list[Stage]:
-    """Returns the stages in the order of the data flow, and single-process stages before those that need ranks.
+    """Returns the stages in the order of the data flow. The single-process stages come before those of several ranks,
+    except for the texts that the teacher writes, of which the corpus is made.
 
     `teacher` finds the teacher. The stages after that of the teacher call it.
     """

@@ -6,12 +6,15 @@ computed from a seed and the coordinates of what it is used for (document, posit
 
 import hashlib
 
+import numpy as np
 import torch
 
 # Constants of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), in two's complement for torch's int64.
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
+_MASK = 2**64 - 1
+_FEW = 2**14  # elements; torch computes with several threads on more
 
 
 def derived_seed(seed: int, *parts: int | str) -> int:
@@ -23,10 +26,18 @@ def derived_seed(seed: int, *parts: int | str) -> int:
 def random_bits(seed: int, *coordinates: torch.Tensor | int) -> torch.Tensor:
     """Returns 63 uniform bits as int64 >= 0 for every element of the broadcast `coordinates` (int64 tensors, ints)."""
     device = next((c.device for c in coordinates if isinstance(c, torch.Tensor)), torch.device("cpu"))
-    state = torch.tensor(seed, dtype=torch.int64, device=device)
+
+    def mix(x: torch.Tensor | int) -> torch.Tensor | int:
+        if not isinstance(x, torch.Tensor):
+            return _splitmix64_of_number(int(x))  # NumPy's integers would overflow
+        x = x.to(device, torch.int64)
+        return _splitmix64_of_few(x) if x.device.type == "cpu" and x.numel() <= _FEW else _splitmix64(x)
+
+    # Before the first tensor, the state is a number, with which Python computes much faster than torch.
+    state: torch.Tensor | int = int(seed)
     for coordinate in coordinates:
-        state = _splitmix64(state ^ _splitmix64(torch.as_tensor(coordinate, dtype=torch.int64, device=device)))
-    return state & (2**63 - 1)
+        state = mix(state ^ mix(coordinate))
+    return torch.as_tensor(state, dtype=torch.int64, device=device) & (2**63 - 1)
 
 
 def uniform(seed: int, *coordinates: torch.Tensor | int) -> torch.Tensor:
@@ -39,6 +50,23 @@ def _splitmix64(x: torch.Tensor) -> torch.Tensor:
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
+
+
+def _splitmix64_of_few(x: torch.Tensor) -> torch.Tensor:
+    """Returns what :func:`_splitmix64` returns, for tensors on a CPU; NumPy is faster at calls on small arrays."""
+    bits = x.contiguous().numpy().reshape(-1).view(np.uint64) + np.uint64(_GAMMA & _MASK)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(_MIX_1 & _MASK)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(_MIX_2 & _MASK)
+    return torch.from_numpy((bits ^ (bits >> np.uint64(31))).view(np.int64)).reshape(x.shape)
+
+
+def _splitmix64_of_number(x: int) -> int:
+    """Returns what :func:`_splitmix64` returns of an int64, as an int64."""
+    x = (x + _GAMMA) & _MASK
+    x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
+    x = ((x ^ (x >> 27)) * _MIX_2) & _MASK
+    x ^= x >> 31
+    return x - 2**64 if x >> 63 else x
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:

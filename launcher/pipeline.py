@@ -16,7 +16,7 @@ examples:
   python launcher/pipeline.py --config configs/quickstart.yaml
   python launcher/pipeline.py --config configs/quickstart.yaml workdir=work/mine teacher.path=FOLDER
   python launcher/pipeline.py --config FILE --until teacher      makes the teacher of teacher.path: MODEL.gguf, no more
-  python launcher/pipeline.py --config FILE --until student      the stages that need no ranks
+  python launcher/pipeline.py --config FILE --until student      the stages before the senses
 
 Start it with plain python: it calls DeepSpeed's launcher itself, with pipeline.launcher_args.
 """

@@ -1,22 +1,18 @@
-"""Tests that each device computes what the CPU does. All other tests leave GPUs alone (conftest.py says why).
+"""Tests that each device computes what the CPU does. Only these and tests/gpu use GPUs (conftest.py says why).
 
 Tests over `DEVICES` run everywhere, on a GPU too where there is one. The others need a GPU: on the CPU they would
 compare a number with itself, and another test asks more, which each of them names.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from artifact_folders import open_dataset
+from gpus import CPU, DEVICES, GPU, launch, needs_gpu
 from layer_angles import plain_angles
-from repository import REPOSITORY
 from tiny_models import save_model
 from tiny_work import BEFORE_TRAINING
 from tracked_results import losses_of
@@ -25,7 +21,6 @@ from transformers import AutoModelForCausalLM
 from dskd.artifacts import kinds
 from dskd.config import LossConfig
 from dskd.config.reading import load_config
-from dskd.distributed.rendezvous import free_port
 from dskd.losses.head import DistillationHead, Normalizers
 from dskd.losses.terms import SUMS
 from dskd.models.frozen import Decoder
@@ -35,33 +30,15 @@ from dskd.students.importance import Text, measure_blocks
 from dskd.training.train import train
 
 pytestmark = pytest.mark.slow
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
 OFFLOADED = ["teacher.mode=zero3", "teacher.offload=cpu"]
+RESIDENT = ["teacher.mode=resident"]
 WITHOUT_TRUNK = ["student.shared_trunk='off'", "train.activation_checkpointing=true"]
+FUSED = ["train.compile_losses=true"]
+BANK = ["train.sense_bank=device"]
 BF16 = ["precision=bf16"]
 
 
-def _launch(program: str, config: Path, *arguments: str) -> str:
-    """Runs a program of `launcher/` as users do, on one GPU."""
-    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
-    port = str(free_port())  # several workers at once must not meet at the launcher's default
-    command = ["-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", port]
-    finished = subprocess.run(
-        [sys.executable, *command, str(REPOSITORY / "launcher" / program), "--config", str(config), *arguments],
-        env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.getenv("PYTHONPATH")]))},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout
-    return finished.stdout
-
-
-def _values(config: Path, term: str) -> list[float]:
+def _values(config, term):
     return [value for _, value in losses_of(config, f"train/{term}")]
 
 
@@ -72,7 +49,10 @@ def _values(config: Path, term: str) -> list[float]:
         # test_what_saves_work_or_memory_changes_neither_the_losses_nor_the_export.
         pytest.param("cuda", [], 5e-4, marks=needs_gpu),
         pytest.param("cuda", OFFLOADED, 5e-4, marks=needs_gpu),
+        pytest.param("cuda", RESIDENT, 5e-4, marks=needs_gpu),
         pytest.param("cuda", WITHOUT_TRUNK, 5e-4, marks=needs_gpu),
+        pytest.param("cuda", FUSED, 5e-4, marks=needs_gpu),
+        pytest.param("cuda", BANK, 5e-4, marks=needs_gpu),
         pytest.param("cuda", BF16, 2e-2, marks=needs_gpu),
         ("cpu", BF16, 2e-2),
     ],
@@ -85,7 +65,7 @@ def test_training_on_one_rank_has_the_losses_of_two_on_the_cpu(
         train(load_config(config, [*overrides, "train.num_workers=0"]), world)
         printed = capsys.readouterr().err
     else:
-        printed = _launch("train.py", config, *overrides)
+        printed = launch("train.py", config, *overrides)
     assert f"1 rank on {device}" in printed
     for term in ("loss", "ce", "kl", "sense_synonym", "sense_own"):
         # A small divergence is a difference of two large numbers, which are the ones that are rounded.
@@ -97,11 +77,11 @@ def test_training_on_one_rank_has_the_losses_of_two_on_the_cpu(
 def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(copy_of_tiny):
     """On the CPU they are the same bits (distributed/test_stopping.py)."""
     config = copy_of_tiny(*BEFORE_TRAINING)
-    _launch("train.py", config)
+    launch("train.py", config)
     undisturbed = losses_of(config)
     base = kinds.checkpoint_folder(load_config(config))
     shutil.rmtree(base / "step-00000006")
-    _launch("train.py", config, "--resume")
+    launch("train.py", config, "--resume")
     (_, again), (_, once) = zip(*losses_of(config)[-3:], strict=True), zip(*undisturbed[-3:], strict=True)
     assert again == pytest.approx(once, rel=1e-6)
 
@@ -110,7 +90,7 @@ def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(copy_of_tiny):
 def test_annotation_names_the_rows_that_the_cpu_names(tiny, copy_of_tiny, tmp_path):
     """On the CPU: test_stages.py::test_every_row_of_the_annotation_is_what_brute_force_finds."""
     config = copy_of_tiny(*(artifact for artifact in BEFORE_TRAINING if artifact not in {"shards", "student"}))
-    _launch("annotate.py", config)
+    launch("annotate.py", config)
     folders = [load_config(path).path(kinds.SHARDS.folder, "train") for path in (config, tiny)]
     ours, theirs = (open_dataset(folder, tmp_path / str(i)) for i, folder in enumerate(folders))
     assert len(ours) == len(theirs)
@@ -126,7 +106,7 @@ def test_annotation_names_the_rows_that_the_cpu_names(tiny, copy_of_tiny, tmp_pa
 def test_evaluation_measures_what_the_cpu_measures(tiny, copy_of_tiny):
     """On the CPU: test_stages.py::test_measures_are_those_of_a_plain_evaluation."""
     config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints", "export")
-    _launch("evaluate.py", config)
+    launch("evaluate.py", config)
     for model in ("teacher", "dskd"):
         ours, theirs = (
             json.loads(load_config(path).path("evaluation", model, "measures.json").read_text())

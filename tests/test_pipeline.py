@@ -53,7 +53,7 @@ def test_the_pipeline_ends_with_a_table_a_picture_and_the_command_for_mlflow(tin
     picture = Path(re.search(r"^Loss curves: (.+)$", printed, re.MULTILINE).group(1))
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "mlflow ui --backend-store-uri sqlite:///" in printed
-    for part in ("The same prompts, continued by each model", "Words with the most senses"):
+    for part in ("The same prompts, continued by each model", "Words with very different senses"):
         assert part in printed, part
     assert re.search(r"^\w+: \d senses, of \d+ states$", printed, re.MULTILINE)
     export = load_config(tiny).path("export", "dskd")

@@ -52,3 +52,28 @@ def test_integers_can_precede_and_follow_tensors():
     keys = torch.arange(3, device="meta")
     assert random_bits(1, keys, 0, torch.arange(2, device="meta").unsqueeze(-1)).device.type == "meta"
     assert random_bits(1, 0, keys, 7).device.type == "meta"
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_number_as_coordinate_gives_what_the_same_number_in_a_tensor_gives(sign):
+    last = torch.arange(-2, 5)
+    for seed in (0, 7, 2**63 - 1):
+        for number in (0, 1, 123_456_789, 2**40, 2**63 - 1):
+            number *= sign
+            of_numbers = random_bits(seed, number, 3, last, number)
+            assert of_numbers.equal(
+                random_bits(seed, torch.tensor(number), torch.tensor(3), last, torch.tensor(number))
+            )
+            expected = seed
+            for coordinate in (number, 3):
+                expected = _reference(expected ^ _reference(coordinate & MASK))
+            assert int(random_bits(seed, number, 3)) == expected & (2**63 - 1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 2**14, 2**14 + 1])
+def test_any_number_of_elements_has_the_bits_of_splitmix64(count):
+    at = torch.arange(-3, count - 3) * 2**58
+    found = random_bits(3, at).tolist()
+    assert len(found) == count
+    for index in range(0, count, max(1, count // 50)):
+        assert found[index] == _reference(3 ^ _reference(int(at[index]) & MASK)) & (2**63 - 1)

@@ -9,7 +9,7 @@ from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.errors import UserError
 
-HELP = "look at what was built: a word, the lexicon, the sense dictionary, a picture of senses"
+HELP = "look at what was built: a word, the lexicon, the sense dictionary, a picture of senses, the shards"
 EPILOG = """
 Each of them shows what is there, names the command that makes what is missing, and changes nothing.
 
@@ -19,6 +19,7 @@ examples:
   dskd inspect lexicon --config configs/quickstart.yaml
   dskd inspect senses --config configs/quickstart.yaml --plot
   dskd inspect plot large small --config configs/quickstart.yaml --method tsne
+  dskd inspect shards --config configs/quickstart.yaml
 """
 WORD_DESCRIPTION = """
 One word: its relations with their sources, its tokens, whether it is a usable head, and for each of its senses the
@@ -35,6 +36,10 @@ synonyms and antonyms, and the most frequent tokens without a sense.
 PLOT_DESCRIPTION = """
 A picture of the senses of some words, their synonyms and their antonyms, in two dimensions. Each point is a sense; its
 area grows with the number of its states.
+"""
+SHARDS_DESCRIPTION = """
+The shards: reads all of them, and compares every file with its manifest. If the index has a hash of each sample (for
+shards with stored states it has), the changed samples are named. Training compares each of these when it reads it.
 """
 
 
@@ -73,6 +78,8 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
         help="most frequent synonyms, and antonyms, of each word [10]",
     )
     plot.add_argument("--output", type=Path, metavar="FILE.png", help="default: WORKDIR/plots/senses-WORD….png")
+    shards = what.add_parser("shards", help="compare all shards with their hashes", description=SHARDS_DESCRIPTION)
+    _add_arguments(shards, "section.key=value")
 
 
 def run_inspect(args: argparse.Namespace) -> None:
@@ -108,6 +115,10 @@ def _report(args: argparse.Namespace, config: Config, words: Sequence[str]) -> s
         from dskd.inspection.senses import report_senses
 
         return report_senses(config, with_picture=args.plot)
+    if args.what == "shards":
+        from dskd.inspection.shards import format_shards, inspect_shards
+
+        return format_shards(inspect_shards(config))
     from dskd.inspection.plot import plot_words
 
     return plot_words(config, words, method=args.method, neighbours=args.neighbours, output=args.output)

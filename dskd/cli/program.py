@@ -144,8 +144,8 @@ def run(action: Callable[[], int | None]) -> int:
             return USER_ERROR_EXIT_CODE
         place = f" ({error.filename})" if error.filename else ""
         _print_error(
-            f"{error.strerror}{place}; completed files are kept. Free some space, or set workdir to another disk, and "
-            "run the same command again: it resumes"
+            f"{error.strerror}{place}; completed files are kept. Free some space, or set workdir to another disk "
+            "(or --output, if the command has it), and run the same command again: it resumes"
         )
         return USER_ERROR_EXIT_CODE
     except UnicodeError as error:

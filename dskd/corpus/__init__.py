@@ -12,4 +12,5 @@ written/   lets the teacher write the text, about the senses of words
 tasks/     reads the documents of the paper's benchmarks
 sequences  the stage that turns documents into sequences of tokens
 packing    packs documents into sequences of equal length
+template_options  the variables of chat templates, such as a date that is the same every day
 """

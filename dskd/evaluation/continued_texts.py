@@ -22,7 +22,7 @@ from dskd.errors import UserError
 from dskd.evaluation.batching import padded
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel
-from dskd.models.generation import answer_ends, before_end, end_tokens, generate_greedily
+from dskd.models.generation import before_end, end_tokens, generate_greedily
 from dskd.models.limits import position_limit, vocabulary_size
 from dskd.models.tokenizing import require_known
 
@@ -129,8 +129,6 @@ def continue_prompts(model: FrozenModel, prompts: Prompts) -> list[list[int]]:
     last = prompts.input_ids.shape[1] - 1
     added = generate_greedily(model, prompts.input_ids, prompts.prompt_lengths, prompts.num_tokens, last).tolist()
     _, ends = end_tokens(model.folder)
-    if prompts.texts:
-        ends = [*ends, *answer_ends(model.folder)]
     return [before_end(row, ends) for row in added]
 
 

@@ -31,7 +31,7 @@ from dskd.evaluation.table import BENCHMARKS
 from dskd.evaluation.task_questions import Task, load_task, require_same_data
 from dskd.evaluation.task_scoring import answer_of, measures_of, score_of, weights_of
 from dskd.models.frozen import FrozenModel
-from dskd.models.generation import before_end, end_tokens, generate_greedily
+from dskd.models.generation import before_end, end_tokens, ends_of_answers_only, generate_greedily
 from dskd.models.limits import check_new_tokens, position_limit, vocabulary_size
 from dskd.models.precision import resolve_precision
 from dskd.models.tokenizing import has_more_tokens, require_known
@@ -62,6 +62,8 @@ def recipe(config: Config, candidate: Candidate, task: Task, prompter: Prompter)
         "prompts": prompter.format,
         "precision": resolve_precision(config.precision),
     }
+    if ends := ends_of_answers_only(candidate.folder):
+        settings["answer_ends"] = ends
     inputs = {"model": candidate.folder.digest, "questions": task.digest}
     return Recipe("task", inputs, settings, tokenizer=candidate.folder.tokenizer_digest)
 

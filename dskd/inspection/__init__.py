@@ -1,10 +1,11 @@
-"""Reports on what exists: `dskd inspect word|lexicon|senses|plot`, and others. Nothing here writes into an artifact.
+"""Reports on what exists: `dskd inspect word|lexicon|senses|plot|shards` and others. Nothing here changes an artifact.
 
 word          one word: its relations, tokens and senses
 examples      the senses of a few words in short, for the end of the pipeline
 lexicon       the sources of the pairs, and how much of the vocabulary they cover
 senses        histograms and coverage of the sense dictionary
 plot          computes the picture of some words' senses
+shards        compares all shards with their hashes
 drawing       draws that picture
 labels        places its words so that they do not cover each other
 geometry      measures whether synonyms are nearer than antonyms (`dskd senses geometry`)

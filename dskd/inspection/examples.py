@@ -1,5 +1,7 @@
 """The senses of a few words, in short: what the pipeline prints at its end."""
 
+import torch
+
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.inspection.artifacts import Teacher, open_teacher
@@ -9,14 +11,14 @@ from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
 from dskd.senses.entries import MIN_HEAD_LETTERS
 
 _CANDIDATES = 200  # tokens that are tried, since some of them are no whole words
+_STATES = 4  # for each sense of a word: with fewer, a sense is little more than one place in the text
 _SENSES = 5  # of a word that are shown
 _NEIGHBOURS, _CONTEXTS, _SCAN = 4, 1, 2000
 _LARGEST_SEARCH = 5 * 10**8  # elements of a dictionary that is searched for neighbours: a second or two
 
 
 def describe_examples(config: Config, count: int = 3) -> str:
-    """Returns the senses of `count` words as text: of words with synonyms and antonyms, ordered by number of senses,
-    then of states.
+    """Returns the senses of `count` words as text, of those that :func:`choose_words` chooses.
 
     Returns an empty text if there is no such word. Raises a UserError without a dictionary or the teacher.
     """
@@ -33,15 +35,20 @@ def describe_examples(config: Config, count: int = 3) -> str:
             continue
     if not reports:
         return ""
-    lines = ["Words with the most senses (of those with synonyms and antonyms; `dskd inspect word WORD` shows any):"]
+    lines = [
+        "Words with very different senses (of those with synonyms and antonyms; `dskd inspect word WORD` shows any):"
+    ]
     for report in reports:
         lines += ["", *_lines(report)]
     return "\n".join(lines)
 
 
 def choose_words(dictionary: SenseDictionary, teacher: Teacher, count: int) -> list[str]:
-    """Returns whole words in small letters that are tokens with synonyms and antonyms, ordered by number of senses,
-    then of states.
+    """Returns whole words in small letters that are tokens with synonyms and antonyms: those whose senses differ most.
+
+    These are words whose states are in several senses that are far apart. Words such as *used* and *out* have the most
+    states, and nearly the same sense everywhere. If not enough words have several states for each sense, words with
+    many senses, and many states, follow.
     """
     senses, states = dictionary.senses_per_token, dictionary.states_per_token
     chosen = senses > 0
@@ -50,8 +57,22 @@ def choose_words(dictionary: SenseDictionary, teacher: Teacher, count: int) -> l
     tokens = chosen.nonzero()[:, 0].tolist()
     tokens.sort(key=lambda token: (-int(senses[token]), -int(states[token]), token))
     texts = token_texts(teacher.tokenizer, [[token] for token in tokens[:_CANDIDATES]])
-    words = [text[1:] for text in texts if text.startswith(" ")]
-    return [word for word in words if word.isalpha() and word.islower() and len(word) >= MIN_HEAD_LETTERS][:count]
+    words = {text[1:]: token for text, token in zip(texts, tokens, strict=False) if text.startswith(" ")}
+    whole = [word for word in words if word.isalpha() and word.islower() and len(word) >= MIN_HEAD_LETTERS]
+    known = {word for word in whole if states[words[word]] >= _STATES * senses[words[word]]}
+    difference = {word: sense_difference(dictionary, words[word]) for word in known}
+    return sorted(whole, key=lambda word: (word not in known, -difference.get(word, 0.0)))[:count]
+
+
+def sense_difference(dictionary: SenseDictionary, token: int) -> float:
+    """Returns how much the senses of a token differ: their variance about their mean, per dimension, times the number
+    of senses in use, which is e to the power of the entropy of their shares in the token's states.
+    """
+    rows = dictionary.rows_of(token)
+    vectors, counts = dictionary.read(rows).float(), dictionary.counts[rows.start : rows.stop].float()  # [n, D], [n]
+    shares = (counts / counts.sum())[:, None]
+    variance = (shares * (vectors - (shares * vectors).sum(dim=0)).square()).sum() / dictionary.hidden_size
+    return float(variance * torch.special.entr(shares).sum().exp())
 
 
 def _lines(report: WordReport) -> list[str]:

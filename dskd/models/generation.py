@@ -65,11 +65,19 @@ def generate_greedily(
 def end_tokens(folder: ModelFolder) -> tuple[int | None, list[int]]:
     """Returns the token that packing puts at the end of a text (None if there is none), and all that end a generation.
 
-    The latter are that token and the model's own end tokens; chat models have several.
+    The latter are that token, those of config.json, and those that end an answer: chat models have several.
     """
-    tokenizer = folder.load_tokenizer()
-    end, ends_of_model = text_end(tokenizer), as_list(folder.load_config().eos_token_id)
-    return end, sorted({token for token in (end, *ends_of_model) if token is not None})
+    end, ends = text_end(folder.load_tokenizer()), _config_ends(folder)
+    return end, sorted({*as_list(end), *ends, *answer_ends(folder)})
+
+
+def ends_of_answers_only(folder: ModelFolder) -> list[int]:
+    """Returns the tokens that end a generation and that neither the tokenizer nor config.json names as an end.
+
+    The digest of a model does not depend on them, so recipes of generated text name them.
+    """
+    end, ends = end_tokens(folder)
+    return sorted({*ends} - {*as_list(end), *_config_ends(folder)})
 
 
 def answer_ends(folder: ModelFolder) -> list[int]:
@@ -77,13 +85,17 @@ def answer_ends(folder: ModelFolder) -> list[int]:
 
     The former are those of config.json if there is no generation config, or it names none.
     """
-    tokenizer, model_config = folder.load_tokenizer(), folder.load_config()
-    named = as_list(generation_values(folder.path).get("eos_token_id")) or as_list(model_config.eos_token_id)
+    tokenizer = folder.load_tokenizer()
+    named = as_list(generation_values(folder.path).get("eos_token_id")) or _config_ends(folder)
     ends = named or as_list(text_end(tokenizer))
-    of_template, vocab_size = answer_end(tokenizer), vocabulary_size(model_config)
+    of_template, vocab_size = answer_end(tokenizer), vocabulary_size(folder.load_config())
     if of_template is None or of_template in ends or (vocab_size is not None and of_template >= vocab_size):
         return ends
     return [*ends, of_template]
+
+
+def _config_ends(folder: ModelFolder) -> list[int]:
+    return as_list(folder.load_config().eos_token_id)
 
 
 def generation_values(folder: Path) -> dict[str, Any]:

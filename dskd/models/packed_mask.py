@@ -8,8 +8,9 @@ import torch
 def build_masks_by_broadcasting() -> None:
     """Has transformers build the masks of packed documents faster, with the same values.
 
-    Version 4 calls its mask functions under four levels of `torch.vmap`, which for a small model takes a third of a
-    training step. Version 5 calls the same functions with indices that broadcast, and needs no change.
+    Version 4 calls its mask functions under four levels of `torch.vmap`. On a CPU this takes about 10 ms a mask, a
+    sixth of a training step of the tests' small models. Version 5 calls the same functions with indices that broadcast,
+    and needs no change.
     """
     import transformers
     from transformers import AttentionMaskInterface

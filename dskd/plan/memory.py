@@ -5,6 +5,7 @@ other: the teacher's forward, the student's forward, the loss, the backward pass
 that of the largest phase.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +26,7 @@ from dskd.plan.stored import columns_read, loads_teacher, reads_states
 from dskd.shards import TRUNK_STATES
 from dskd.shards.blocks import SAMPLES_PER_SHARD
 from dskd.training.checkpoint_writing import EXPORTED_BYTES
-from dskd.training.loader import PREFETCHED_STEPS
+from dskd.training.loader import COMPLETED_STEPS, PREFETCHED_STEPS
 from dskd.training.positions import SensePositions
 from dskd.training.student import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, REDUCE_BUCKET
 from dskd.training.teacher_source import TeacherSource
@@ -87,12 +88,15 @@ def batch_of(config: Config, micro_batch_size: int, *, relations: float, trunk: 
     )
 
 
-def batch_bytes(batch: Batch, hidden_size: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Returns the bytes that the loader brings for a micro-batch: those of sense rows, and those of all the rest."""
+def batch_bytes(batch: Batch, hidden_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Returns the bytes that the loader brings for a micro-batch: those of sense rows, of stored states, and of all the
+    rest.
+    """
     with torch.device("meta"):
         tensors = loaded_tensors(batch, hidden_size, dtype)
     rows = tensors["senses"].pop("sense_rows").nbytes if batch.sense_rows else 0
-    return rows, sum(leaf.nbytes for leaf in tree_leaves(tensors))
+    states = sum(tensors.pop(column).nbytes for column in batch.state_columns)
+    return rows, states, sum(leaf.nbytes for leaf in tree_leaves(tensors))
 
 
 def compute_memory(
@@ -166,11 +170,11 @@ def compute_memory(
     is_flushed_early = trained > REDUCE_BUCKET
 
     # Batches: a GPU holds two copies of the loader's data for a step, and the whole bank of sense rows if it is there.
-    senses, rest = (part * accumulation_steps for part in batch_bytes(batch, hidden_size, dtype))
+    senses, states, rest = (part * accumulation_steps for part in batch_bytes(batch, hidden_size, dtype))
     bank = bank_rows * hidden_size * 2 if config.train.sense_bank == "device" and config.loss.sense_weight else 0
     on_gpu = cluster.device == "cuda"
-    copies = 2 if on_gpu else 0  # of this step and the next; without a GPU they stay where the worker put them
-    of_batches = {"senses": senses * copies + (bank if on_gpu else 0), "batches": rest * copies}
+    copies = 2 if on_gpu else 0  # of this step and the next; without a GPU they stay in the host's memory
+    of_batches = {"senses": senses * copies + (bank if on_gpu else 0), "batches": (states + rest) * copies}
     static = held + student_held + optimizer + sum(of_batches.values())
     # What each phase holds in addition to all that is always there; the largest decides the peak.
     phase_bytes = {
@@ -194,7 +198,11 @@ def compute_memory(
         peak=static + phase_bytes[moment] + reserved,
         peak_moment=moment,
     )
-    host = _host(config, cluster, gpu, host_teacher, senses, rest, trained)
+    # The host: steps that workers have prepared, which have no states, and whole steps, from which a GPU's are copied.
+    prepared = PREFETCHED_STEPS * max(1, config.train.num_workers)
+    completed = COMPLETED_STEPS if on_gpu or states else 0
+    prefetched = {"senses": senses * (prepared + completed), "batches": rest * prepared + (states + rest) * completed}
+    host = _host(cluster, gpu, host_teacher, prefetched, trained)
     return Memory(gpu, host)
 
 
@@ -246,12 +254,10 @@ def _live(elements: int, teacher: Shapes, size: int, config: Config, cluster: Cl
     return elements * size if cluster.device == "cuda" and config.teacher.offload != "none" else 0
 
 
-def _host(config: Config, cluster: Cluster, gpu: Parts, teacher: int, senses: int, rest: int, trained: int) -> Parts:
-    """Returns what all ranks of a node together hold in its memory."""
+def _host(cluster: Cluster, gpu: Parts, teacher: int, prefetched: Mapping[str, int], trained: int) -> Parts:
+    """Returns what all ranks of a node together hold in its memory; each has `prefetched` bytes of batches."""
     ranks = cluster.gpus_per_node
     is_cpu = cluster.device == "cpu"
-    # Steps that workers have prepared, and steps in page-locked memory for copying to the GPU.
-    steps = PREFETCHED_STEPS * max(1, config.train.num_workers) + 2 * (not is_cpu)
     saved = EXPORTED_BYTES * trained  # which rank 0 writes with each checkpoint
     of = {
         "teacher": (teacher + gpu.teacher * is_cpu) * ranks,
@@ -259,8 +265,7 @@ def _host(config: Config, cluster: Cluster, gpu: Parts, teacher: int, senses: in
         "optimizer": gpu.optimizer * is_cpu * ranks,
         "activations": gpu.activations * is_cpu * ranks,
         "loss": gpu.loss * is_cpu * ranks,
-        "senses": senses * steps * ranks,
-        "batches": rest * steps * ranks,
+        **{name: size * ranks for name, size in prefetched.items()},
     }
     reserved = RESERVED_ON_HOST * ranks
     if is_cpu:

@@ -6,6 +6,7 @@ writing          writes blocks of samples, and joins many blocks into one datase
 unpacked_writer  writes shards that are not compressed, without copies
 opening          opens the dataset, from the work directory or a remote copy
 dataset          the dataset class: mosaicml-streaming's, with sample ids added to the samples
+sample_files     reads the states of samples from shard files, to where a step needs them
 batches          collates samples into batches of tokens, and reads the rows that they point to
 annotate         the stage: finds the rows of the dictionary for each position
 recipe           what annotation reads, and what its shards depend on

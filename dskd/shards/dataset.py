@@ -5,25 +5,22 @@ It relies on parts of the library that its documentation does not promise: `Stre
 its version in pyproject.toml moves.
 """
 
-import mmap
-import os
-from collections import OrderedDict
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from streaming import StreamingDataset
 from streaming.base.format.mds import MDSReader
 
 from dskd.artifacts.mds import HASH_OF_SAMPLES
-
-_OPEN_FILES = 128  # that a process maps at one time; each takes a file descriptor, of which most systems allow 1,024
+from dskd.shards.sample_files import MappedFiles, SampleInFile
+from dskd.shards.schema import TEACHER_STATES, TRUNK_STATES
 
 
 class ShardDataset(StreamingDataset):
-    """A dataset of mosaicml-streaming whose samples also hold their id, the epoch and the step.
+    """A dataset of mosaicml-streaming whose samples also hold their id, the epoch, the step, and their place on disk.
 
     The arrays of a sample are read-only views of the mapped shard file. If the index has a hash of each sample, a
     sample is compared with it whenever it is read, which raises a ValueError; then a shard that was fetched is not
@@ -41,7 +38,7 @@ class ShardDataset(StreamingDataset):
     def __init__(self, *, order_by: int | None = None, **options: Any) -> None:
         super().__init__(**options)
         self._order_by = order_by
-        maps = _Maps()
+        maps = MappedFiles()
         self.shards = [_MappedShard.of(shard, maps) for shard in self.shards]
         if all(shard.digests for shard in self.shards):
             for stream in self.streams:
@@ -77,36 +74,12 @@ class ShardDataset(StreamingDataset):
                 setattr(self, name, value)
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """Returns the columns of a sample, and its `sample_id`, `epoch` and `step`."""
+        """Returns the columns of a sample, and its `sample_id`, `epoch` and `step`.
+
+        If it has states, `in_file` is its :class:`SampleInFile`.
+        """
         sample = super().get_item(sample_id, retry)
         return {**sample, "sample_id": sample_id, "epoch": self.current_epoch, "step": self.current_step}
-
-
-class _Maps:
-    """The shard files that were mapped last. A map lives on as long as there are arrays in it."""
-
-    def __init__(self) -> None:
-        self._maps: OrderedDict[Path, memoryview] = OrderedDict()
-
-    def open(self, path: Path, size: int) -> memoryview:
-        """Maps a file of `size` bytes.
-
-        Raises:
-            FileNotFoundError: if there is none; the dataset then fetches it.
-            ValueError: if it has another size. Reading past the end of a map would kill the process.
-        """
-        if path in self._maps:
-            self._maps.move_to_end(path)
-            return self._maps[path]
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size:
-                raise ValueError(f"{path.name} has {found:,} bytes, but the index says {size:,}")
-            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        self._maps[path] = mapped
-        if len(self._maps) > _OPEN_FILES:
-            self._maps.popitem(last=False)
-        return mapped
 
 
 class _MappedShard(MDSReader):
@@ -119,15 +92,31 @@ class _MappedShard(MDSReader):
     digests = b""  # of the samples, 8 bytes each; none if the index has none
 
     @classmethod
-    def of(cls, shard: MDSReader, maps: _Maps) -> "_MappedShard":
+    def of(cls, shard: MDSReader, maps: MappedFiles) -> "_MappedShard":
         """Returns a reader of the same shard."""
         names = ("column_encodings", "column_names", "column_sizes", "compression", "hashes")
         more = ("dirname", "split", "raw_data", "samples", "size_limit", "zip_data")
         reader = cls(**{name: getattr(shard, name) for name in (*names, *more)})
         reader._maps = maps
+        reader._path = str(Path(reader.dirname, reader.split, reader.raw_data.basename))
         if reader.zip_data is None:
             reader.digests = bytes.fromhex((reader.raw_data.hashes or {}).get(HASH_OF_SAMPLES, ""))
         return reader
+
+    def get_item(self, idx: int) -> dict[str, Any]:
+        """Returns the columns of a sample and, if it has states, its :class:`SampleInFile` as `in_file`.
+
+        Raises:
+            ValueError: if its bytes are not what the index says.
+        """
+        data, place = self._find(idx)
+        sample = self.decode_sample(data)
+        states = {name: sample[name] for name in (TEACHER_STATES, TRUNK_STATES) if name in sample}
+        if not states:
+            return sample
+        begin = _address(np.frombuffer(data, np.uint8))
+        at = {name: (_address(array) - begin, array.nbytes) for name, array in states.items()}
+        return {**sample, "in_file": replace(place, states=at)}
 
     def get_sample_data(self, idx: int) -> Any:
         """Returns the bytes of a sample, as a view; :meth:`decode_sample` then copies nothing either.
@@ -135,11 +124,18 @@ class _MappedShard(MDSReader):
         Raises:
             ValueError: if they are not what the index says.
         """
-        name = self.raw_data.basename
-        mapped = self._maps.open(Path(self.dirname, self.split, name), self.raw_data.bytes)
+        return self._find(idx)[0]
+
+    def _find(self, idx: int) -> tuple[memoryview, SampleInFile]:
+        path, size = self._path, self.raw_data.bytes
+        mapped = self._maps.open(path, size)
         # A shard begins with its number of samples; their offsets follow, all uint32.
         begin, end = np.frombuffer(mapped, np.uint32, 2, offset=4 * (1 + idx)).tolist()
-        sample = mapped[begin:end]
-        if self.digests and xxhash.xxh3_64_digest(sample) != self.digests[8 * idx : 8 * (idx + 1)]:
-            raise ValueError(f"{name} has changed: its sample {idx} is not what the index says")
-        return sample
+        data = mapped[begin:end]
+        place = SampleInFile(path, size, idx, begin, len(data), self.digests[8 * idx : 8 * (idx + 1)], {})
+        place.require_content(data)
+        return data, place
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]

@@ -9,6 +9,7 @@ from dskd.corpus.build import SPLITS
 from dskd.corpus.sequences import Sequences, load_sequences
 from dskd.errors import UserError
 from dskd.models.folder import ModelFolder
+from dskd.models.generation import ends_of_answers_only
 from dskd.models.precision import resolve_precision
 from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
 from dskd.shards.schema import TRUNK_STATES, StoredStates
@@ -90,6 +91,8 @@ def recipe(config: Config, split: str, inputs: AnnotationInputs) -> Recipe:
         settings["trunk_depth"] = use.stored.trunk_depth  # nothing else of the student changes what is stored
     if use.continuation_tokens:
         settings["seed"] = config.seed
+        if ends := ends_of_answers_only(inputs.teacher):
+            settings["answer_ends"] = ends
     else:
         del settings["continuation_tokens"]
     return Recipe(

@@ -141,9 +141,10 @@ def write_block(
 
 
 def join_blocks(folder: Path, blocks: Sequence[Path]) -> int:
-    """Joins the shards of `blocks`, in order, into one dataset in `folder`, and leaves the blocks unchanged.
+    """Joins the shards of `blocks`, in order, into one dataset in `folder`.
 
-    The result does not depend on which rank wrote which block.
+    The result does not depend on which rank wrote which block. No shard is copied: it gets a second name or, on a file
+    system without hard links, only another one. A call after one that was interrupted completes its work.
 
     Returns:
         The number of samples.
@@ -183,4 +184,4 @@ def _link(old: Path, new: Path) -> None:
     try:
         os.link(old, new)
     except OSError:  # not every file system has hard links
-        shutil.copyfile(old, new)
+        shutil.move(old, new)

@@ -18,7 +18,7 @@ from dskd.senses.dictionary import map_vectors
 from dskd.shards.batches import collate_tokens, gather_rows
 from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS, TEACHER_COLUMNS
 from dskd.training.distribution_candidates import CandidateRows
-from dskd.training.packed_step import SeparateRows
+from dskd.training.packed_step import RowsInFiles
 from dskd.training.positions import SensePositions, is_lexical
 
 _LENGTH_MULTIPLE = 8  # of a micro-batch's length: tensor cores are fastest on multiples of 8
@@ -76,7 +76,7 @@ class Collator:
 
         `teacher_cache`: {token_ids [B, T, n] int32, logprobs [B, T, n] float16, rest_logprob [B, T] float32}.
 
-        the columns of `states`: [B, T, D] each, as :class:`dskd.training.packed_step.SeparateRows`.
+        the columns of `states`: [B, T, D] each, as :class:`dskd.training.packed_step.RowsInFiles`.
         """
         if self._vectors_path is not None and self._vectors is None:
             # Mapped here, in the worker: a memory map must not be sent to another process.
@@ -100,8 +100,9 @@ class Collator:
                 for name in TEACHER_COLUMNS
             }
         for name, dtype in self._states.items():
-            # Not stacked, because states are nearly all bytes of a sample: packing copies them once.
-            batch[name] = SeparateRows([sample[name][:length] for sample in samples], length, dtype)
+            # States are nearly all bytes of a sample: the rank reads them itself, from where they are.
+            width = samples[0][name].shape[1]
+            batch[name] = RowsInFiles(name, [sample["in_file"] for sample in samples], (length, width), dtype)
         return batch
 
 

@@ -3,6 +3,9 @@
 A worker process reads all samples of a rank's step, collates them (:class:`dskd.training.collator.Collator`) and sends
 them as one buffer. A step thus needs one segment of shared memory, one pinned block and one copy to the device,
 regardless of its number of micro-batches and tensors. While a step runs, the next is copied on a separate CUDA stream.
+
+Stored states do not pass through a worker: a thread of the rank copies them from the shard files into the block. A
+worker has compared the sample with its hash before, which also brings it into the page cache.
 """
 
 import functools
@@ -10,7 +13,9 @@ import itertools
 import multiprocessing
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +29,8 @@ from dskd.distributed import stopping
 from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError, reason_of
 from dskd.random_numbers import derived_seed
-from dskd.training.packed_step import CudaCopier, PackedStep, StepBatches, copy_ahead
+from dskd.shards.sample_files import SampleReader
+from dskd.training.packed_step import Blocks, CudaCopier, PackedStep, StepBatches, copy_ahead
 from dskd.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
 Collate = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
 
 PREFETCHED_STEPS = 2  # per worker
+COMPLETED_STEPS = 3  # blocks with all of a step that a rank holds: of the step that runs, the next, and the one after
 
 
 def load_steps(
@@ -83,19 +90,20 @@ def load_steps(
     )
     on_cuda = world.device.type == "cuda"
     workers = config.train.num_workers
+    place = shards.place(config, "train")
     loader = DataLoader(
-        StepSamples(dataset, schedule, start_step, place=shards.place(config, "train")),
+        StepSamples(dataset, schedule, start_step, place=place),
         batch_size=None,
         num_workers=workers,
         collate_fn=functools.partial(_collate_packed, collate),
-        pin_memory=on_cuda,
         prefetch_factor=PREFETCHED_STEPS if workers else None,
         worker_init_fn=_end_with_rank,
         # Without a timeout, a worker waits forever for a shard that another rank's worker failed to fetch.
         timeout=config.train.collective_timeout_s if workers else 0,
     )
     packed = itertools.islice(_steps_in(loader), schedule.total_steps - start_step)
-    for step in copy_ahead(packed, CudaCopier(world.device)) if on_cuda else packed:
+    complete = _complete_ahead(packed, place, pinned=on_cuda)
+    for step in copy_ahead(complete, CudaCopier(world.device)) if on_cuda else complete:
         yield step.unpack(sense_bank)
 
 
@@ -108,6 +116,19 @@ class Unreadable:
 
     message: str
     is_temporary: bool
+
+    @classmethod
+    def of(cls, error: Exception, place: str) -> "Unreadable":
+        """Describes the error that occurred while a shard at `place` was read."""
+        return cls(
+            f"{place}: a shard of the training data cannot be read ({reason_of(error)}); restore the file, or your "
+            "access to it, and continue with --resume",
+            is_temporary=not shards.is_lasting(error),
+        )
+
+    def as_error(self) -> Exception:
+        """Returns the exception that ends the run."""
+        return (OutageError if self.is_temporary else UserError)(self.message)
 
 
 class StepSamples(IterableDataset):
@@ -128,12 +149,7 @@ class StepSamples(IterableDataset):
         try:
             yield from self._steps()
         except Exception as error:  # file system, object store and decoder each raise their own types
-            reason = reason_of(error)
-            yield Unreadable(
-                f"{self._place}: a shard of the training data cannot be read ({reason}); restore the file, or your "
-                "access to it, and continue with --resume",
-                is_temporary=not shards.is_lasting(error),
-            )
+            yield Unreadable.of(error, self._place)
 
     def _steps(self) -> Iterator[list[dict[str, Any]]]:
         worker = get_worker_info()
@@ -167,9 +183,32 @@ def _collate_packed(collate: Collate, samples: list[dict[str, Any]] | Unreadable
 def _steps_in(loader: Iterable[PackedStep | Unreadable | None]) -> Iterator[PackedStep]:
     for step in loader:
         if isinstance(step, Unreadable):
-            raise (OutageError if step.is_temporary else UserError)(step.message)
+            raise step.as_error()
         if step is not None:
             yield step
+
+
+def _complete_ahead(steps: Iterator[PackedStep], place: str, *, pinned: bool) -> Iterator[PackedStep]:
+    """Yields each step with its states; while it runs, a thread reads those of the next.
+
+    On a GPU (`pinned`), it also copies steps without stored states to page-locked memory.
+    """
+    reader, blocks = SampleReader(), Blocks(pinned=pinned)
+
+    def complete(step: PackedStep) -> PackedStep:
+        try:
+            return step.complete(reader, blocks) if step.to_read or pinned else step
+        except (OSError, ValueError) as error:
+            raise Unreadable.of(error, place).as_error() from None
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        ahead: deque[Future[PackedStep]] = deque()
+        for step in steps:
+            ahead.append(thread.submit(complete, step))
+            if len(ahead) > 1:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def _end_with_rank(worker_id: int) -> None:

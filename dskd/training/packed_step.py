@@ -1,6 +1,7 @@
-"""All samples of a step packed into one buffer, and the copy of that buffer to the device."""
+"""All samples of a step packed into one buffer, to which the rank adds their states; its copy to the device."""
 
 import math
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -8,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import get_worker_info
+
+from dskd.shards.sample_files import SampleInFile, SampleReader
 
 _ALIGNMENT = 16  # bytes; a multiple of every type's size
 _ON_HOST = "sample_ids"  # stays in host memory: only messages need it
@@ -37,24 +40,18 @@ class StepBatches:
 
 
 @dataclass(frozen=True)
-class SeparateRows:
-    """A tensor [B, T, …] whose rows are still in separate arrays, so that packing copies each of them only once."""
+class RowsInFiles:
+    """A tensor [B, T, D] of states whose rows [T, D] are still in shard files."""
 
-    arrays: Sequence[np.ndarray]  # one or more, contiguous
-    length: int  # T; zeros follow a shorter row
-    dtype: torch.dtype  # of the tensor; as large as that of the arrays, since NumPy has no bf16
+    column: str
+    samples: Sequence[SampleInFile]
+    row_shape: tuple[int, int]  # T, D; zeros follow a shorter row
+    dtype: torch.dtype  # of the tensor; as large as that of the files' arrays, since NumPy has no bf16
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor."""
-        return (len(self.arrays), self.length, *self.arrays[0].shape[1:])
-
-    def copy_to(self, tensor: torch.Tensor) -> None:
-        """Copies the rows into `tensor`, which has this shape and type."""
-        rows = tensor.view(torch.uint8).numpy().reshape(len(self.arrays), -1)
-        for row, array in zip(rows, self.arrays, strict=True):
-            row[: array.nbytes] = array.reshape(-1).view(np.uint8)
-            row[array.nbytes :] = 0
+        return (len(self.samples), *self.row_shape)
 
 
 class _Place(NamedTuple):
@@ -74,6 +71,13 @@ class _Place(NamedTuple):
         return buffer[self.start : self.stop].view(self.dtype).view(self.shape)
 
 
+class StatesToRead(NamedTuple):
+    """The states of a sample that a step still lacks."""
+
+    sample: SampleInFile
+    columns: dict[str, tuple[int, int]]  # {column: the first byte of its place in the buffer, and the byte after it}
+
+
 @dataclass(frozen=True)
 class PackedStep:
     """A :class:`StepBatches` whose tensors share one buffer."""
@@ -82,32 +86,51 @@ class PackedStep:
     layout: list[dict[str, Any]]  # the micro-batches, with a `_Place` instead of each tensor
     sample_ids: list[list[int]]  # of each micro-batch
     counts: Counts
+    to_read: list[StatesToRead]  # the states that still have to be read; their places are after the buffer's end
+    num_bytes: int  # of the buffer with these states
 
     @classmethod
     def of(cls, micro_batches: list[dict[str, Any]]) -> "PackedStep":
-        """Packs micro-batches of tensors and :class:`SeparateRows`; a loader's worker packs them into shared memory."""
-        pieces: list[tuple[_Place, torch.Tensor | SeparateRows]] = []
+        """Packs micro-batches of tensors and :class:`RowsInFiles`; a loader's worker packs them into shared memory."""
+        pieces: list[tuple[_Place, torch.Tensor]] = []
         size = 0
 
         def place(value: Any) -> Any:
             nonlocal size
             if isinstance(value, dict):
-                return {name: place(part) for name, part in value.items() if name != _ON_HOST}
+                return {name: place(part) for name, part in value.items() if not _is_left_out(name, part)}
             where = _Place(-(-size // _ALIGNMENT) * _ALIGNMENT, value.dtype, tuple(value.shape))
             size = where.stop
-            pieces.append((where, value))
+            if isinstance(value, torch.Tensor):
+                pieces.append((where, value))
             return where
 
         layout = [place(batch) for batch in micro_batches]
         buffer = _empty_buffer(size)
         for where, value in pieces:
-            if isinstance(value, SeparateRows):
-                value.copy_to(where.view_of(buffer))
-            else:
-                where.view_of(buffer).copy_(value)
-        return cls(
-            buffer, layout, [batch[_ON_HOST].tolist() for batch in micro_batches], count_positions(micro_batches)
-        )
+            where.view_of(buffer).copy_(value)
+        # The places of states come last, so the buffer that a worker sends need not have them.
+        to_read = []
+        for batch, places in zip(micro_batches, layout, strict=True):
+            rows = {name: value for name, value in batch.items() if isinstance(value, RowsInFiles)}
+            places.update({name: place(value) for name, value in rows.items()})
+            to_read += _states_to_read(rows, places)
+        sample_ids = [batch[_ON_HOST].tolist() for batch in micro_batches]
+        return cls(buffer, layout, sample_ids, count_positions(micro_batches), to_read, size)
+
+    def complete(self, reader: SampleReader, blocks: "Blocks") -> "PackedStep":
+        """Returns the step in a block that has its states, too; `reader` reads them.
+
+        Raises:
+            ValueError: if a sample has changed; the message names it.
+            OSError: if a file cannot be read.
+        """
+        buffer = blocks.take(self.num_bytes)
+        buffer[: len(self.buffer)].copy_(self.buffer)
+        content = buffer.numpy()
+        for sample, columns in self.to_read:
+            reader.read_states(sample, {name: content[start:stop] for name, (start, stop) in columns.items()})
+        return replace(self, buffer=buffer, to_read=[])
 
     def unpack(self, sense_bank: torch.Tensor | None = None) -> StepBatches:
         """Returns the micro-batches as views of the buffer, with `sense_bank`, if given, as their sense rows."""
@@ -126,9 +149,49 @@ class PackedStep:
                 batch["senses"]["sense_rows"] = sense_bank
         return StepBatches(batches, self.counts)
 
-    def pin_memory(self) -> "PackedStep":
-        """Copies the step to page-locked memory; called by the loader's thread."""
-        return replace(self, buffer=self.buffer.pin_memory())
+
+class Blocks:
+    """The blocks of host memory that hold whole steps; a block is used again when no tensor refers to it any more.
+
+    For every new page the system clears memory, which takes longer than the copy into it.
+    """
+
+    def __init__(self, *, pinned: bool) -> None:
+        """`pinned`: the blocks are page-locked; torch itself then uses them again."""
+        self._pinned = pinned
+        self._free: list[np.ndarray] = []
+        self._largest = 0
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """Returns a tensor [num_bytes] uint8 of any content. Only one thread may call it."""
+        if self._pinned:
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self._largest = max(self._largest, num_bytes)
+        block = self._free.pop() if self._free else np.empty(0, np.uint8)
+        if len(block) < num_bytes:
+            block = np.empty(self._largest, np.uint8)
+        # Every tensor in the block refers to this view of it, and not to the block.
+        view = block[:num_bytes]
+        weakref.finalize(view, self._free.append, block).atexit = False
+        return torch.from_numpy(view)
+
+
+def _is_left_out(name: str, value: Any) -> bool:
+    return name == _ON_HOST or isinstance(value, RowsInFiles)
+
+
+def _states_to_read(rows: Mapping[str, RowsInFiles], places: Mapping[str, _Place]) -> list[StatesToRead]:
+    """Returns the states to read of each sample of a micro-batch, given the places of its tensors of states."""
+    samples = next(iter(rows.values())).samples if rows else []
+    to_read = []
+    for number, sample in enumerate(samples):
+        columns = {}
+        for name, value in rows.items():
+            where = places[name]
+            row_bytes = (where.stop - where.start) // len(samples)
+            columns[value.column] = (where.start + number * row_bytes, where.start + (number + 1) * row_bytes)
+        to_read.append(StatesToRead(sample, columns))
+    return to_read
 
 
 def count_positions(micro_batches: Sequence[Mapping[str, Any]]) -> Counts:

@@ -92,9 +92,26 @@ def no_pickles() -> Iterator[None]:
 
 
 def _classes_in_checkpoints() -> list[Any]:
-    """Returns the DeepSpeed classes that its files contain; loading an instance runs no code."""
+    """Returns the DeepSpeed classes that its files contain, and what stands in for `getattr` there; loading an instance
+    runs no code.
+    """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [LossScaler, ZeroStageEnum, fragment_address]
+    return [LossScaler, ZeroStageEnum, fragment_address, (_zero_stage, "builtins.getattr")]
+
+
+def _zero_stage(kind: Any, name: str) -> Any:
+    """Returns the stage of ZeRO with this name.
+
+    Some versions of Python, such as Debian 12's 3.11.2, pickle it as a call of `getattr`, which would return anything.
+
+    Raises:
+        ValueError: for any other attribute.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise ValueError(f"a checkpoint has no use for the attribute {name!r} of {kind}")
+    return ZeroStageEnum[name]

@@ -23,7 +23,7 @@ from dskd.losses.terms import SUMS
 from dskd.shards.search import Searcher
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
-PARTS = ("__init__", "flops", "profiling", "report", "synthetic", "workload")
+PARTS = ("__init__", "flops", "gpu_report", "profiling", "report", "synthetic", "workload")
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in PARTS)
 
 
@@ -167,8 +167,19 @@ def test_a_result_has_its_command_and_machine(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_step_benchmark_trains_and_reports_its_measurements(tmp_path):
     preset = Preset(Shape(300, 32, 48, 4, 2, 4, 3, 1, 32), global_batch_size=4, micro_batch_size=2)
-    write_work_directory(tmp_path / "toy", preset, steps=6)
-    options = ["--folder", tmp_path, "--preset", "toy", "--rounds", 2, "--warm-up", 1, "--output", tmp_path / "x.json"]
+    write_work_directory(tmp_path / "small", preset, steps=6)
+    options = [
+        "--folder",
+        tmp_path,
+        "--preset",
+        "small",
+        "--rounds",
+        2,
+        "--warm-up",
+        1,
+        "--output",
+        tmp_path / "x.json",
+    ]
     options += ["--only", "trunk", "use"]  # `sense` is another pair, measured like `trunk`
     finish(fork_ranks(run_benchmark, "benchmarks.step", list(map(str, options))))
     results = json.loads((tmp_path / "x.json").read_text())["results"]

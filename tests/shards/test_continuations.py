@@ -13,6 +13,7 @@ from dskd.config import Config
 from dskd.corpus.sequences import open_sequences
 from dskd.models.folder import find_teacher
 from dskd.models.frozen import load_frozen
+from dskd.models.generation import GENERATION_CONFIG, ends_of_answers_only
 from dskd.shards.continuations import Continuer
 from dskd.shards.text_reader import TextReader
 
@@ -74,16 +75,19 @@ def test_a_continuation_is_what_transformers_generates(tmp_path, world, architec
     teacher.close()
 
 
-def test_an_end_of_text_is_kept_and_ends_the_continuation(tmp_path, world):
+@pytest.mark.parametrize("name", ["config.json", GENERATION_CONFIG])
+def test_an_end_of_text_is_kept_and_ends_the_continuation(tmp_path, world, name):
     model = save_model(tmp_path / "teacher")
     sequences = _sequences(tmp_path)
     config = _config(tmp_path, "resident")
     prompt = sequences.batch(0, 1).input_ids[:, : SIZES[0]]
     second = int(model.generate(prompt, max_new_tokens=2, do_sample=False, eos_token_id=None)[0, -1])
     # The model's own end of text, in addition to the tokenizer's.
-    file = tmp_path / "teacher" / "config.json"
+    file = tmp_path / "teacher" / name
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [END, second]}))
     teacher = load_frozen(find_teacher(config), config, world)
+    # Only the digest of config.json tells that the continuations are now others.
+    assert ends_of_answers_only(teacher.folder) == ([second] if name == GENERATION_CONFIG else [])
     continuer = Continuer(teacher, N, seed=next(seed for seed in range(99) if _wants(teacher, seed) > 3))
     batch, added = continuer.extend(sequences.batch(0, 1), 0)
     assert added == 2

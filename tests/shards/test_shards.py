@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 
@@ -54,6 +55,32 @@ def test_joined_blocks_are_one_dataset_whichever_rank_wrote_them(tmp_path):
     for index, sample in enumerate(samples):
         for name in COLUMNS:
             assert np.array_equal(dataset[index][name], sample[name])
+
+
+def test_blocks_are_joined_without_copies_on_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    samples = [{name: make_sample(index)[name] for name in COLUMNS} for index in range(4)]
+    blocks = [tmp_path / "blocks" / str(number) for number in range(2)]
+    for number, block in enumerate(blocks):
+        write_block(block, samples[2 * number : 2 * number + 2])
+    (tmp_path / "linked").mkdir()
+    join_blocks(tmp_path / "linked", blocks)
+    links = []
+
+    def link(old, new):
+        links.append(old)
+        if len(links) == 2:
+            raise KeyboardInterrupt  # the process is killed after the first file
+        raise OSError(errno.EPERM, "the file system has no links")
+
+    monkeypatch.setattr("os.link", link)
+    (tmp_path / "moved").mkdir()
+    inodes = {file.stat().st_ino for block in blocks for file in block.glob("*.mds*")}
+    with pytest.raises(KeyboardInterrupt):
+        join_blocks(tmp_path / "moved", blocks)
+    assert join_blocks(tmp_path / "moved", blocks) == 4
+    content = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("linked", "moved")]
+    assert content[0] == content[1]
+    assert {file.stat().st_ino for file in (tmp_path / "moved").glob("*.mds*")} == inodes  # nothing was copied
 
 
 @pytest.mark.parametrize("most_bytes", [None, 4000])

@@ -147,8 +147,8 @@ def _examine_teacher(folder: Path, world: World, finding: Finding, *, thorough: 
     for dtype, mode in kinds:
         config = _config(folder, "stream", dtype, teacher={"mode": mode})
         teacher = load_frozen(find_teacher(config), config, world)
-        expected = _from_pretrained(folder / "teacher", dtype)
-        ids, where = _tokens(world.rank), f"teacher, {dtype}, {mode}".replace("torch.", "")
+        expected = _from_pretrained(folder / "teacher", dtype).to(world.device)
+        ids, where = _tokens(world.rank).to(world.device), f"teacher, {dtype}, {mode}".replace("torch.", "")
         hidden, logits = teacher.read(ids, None, lambda hidden, head: (hidden, head.logits(hidden)))
         output = expected(ids, output_hidden_states=True, use_cache=False)
         _compare(finding, f"{where}: states", hidden, _last_states(expected, ids), dtype)
@@ -250,12 +250,13 @@ def _examine_step_in_bf16(
 
 def _take_step(pair: Any, world: World) -> float:
     """Computes the gradients of a step, and returns the loss of this rank's tokens."""
-    states, inputs = pair.run_teacher(_tokens(world.rank))
-    mask = torch.ones(1, LENGTH, dtype=torch.bool)
+    ids = _tokens(world.rank).to(world.device)
+    states, inputs = pair.run_teacher(ids)
+    mask = torch.ones(1, LENGTH, dtype=torch.bool, device=world.device)
     mask[:, -1] = False
     loss, _ = pair.engine(
         inputs,
-        labels=_tokens(world.rank).roll(-1, 1),
+        labels=ids.roll(-1, 1),
         loss_mask=mask,
         normalizers=Normalizers(1 / (LENGTH - 1), 1.0),
         teacher_hidden=states,
@@ -278,8 +279,9 @@ def _examine_step(folder: Path, pair: Any, world: World, finding: Finding) -> fl
         if parameter.requires_grad
     }
 
-    student, teacher = _from_pretrained(folder / "work" / "student"), _from_pretrained(folder / "teacher")
-    ids = torch.cat([_tokens(rank) for rank in range(world.world_size)])
+    places = folder / "work" / "student", folder / "teacher"
+    student, teacher = (_from_pretrained(place).to(world.device) for place in places)
+    ids = torch.cat([_tokens(rank) for rank in range(world.world_size)]).to(world.device)
     logits = student(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     with torch.no_grad():
         teacher_logits = teacher(ids, use_cache=False).logits[:, :-1].flatten(0, 1)

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from rank_processes import run_program
 from safetensors.torch import load_file
 from tiny_work import BEFORE_TRAINING, TINY, copy_work
@@ -18,7 +20,7 @@ from dskd.errors import UserError
 from dskd.training import checkpoint, checkpoint_writing
 from dskd.training.status import report_status
 from dskd.training.train import train
-from dskd.training.universal_checkpoint import make_universal
+from dskd.training.universal_checkpoint import make_universal, no_pickles
 
 pytestmark = pytest.mark.slow
 
@@ -84,6 +86,28 @@ def test_a_run_resumes_in_one_epoch_and_ends_in_the_next(copy_of_tiny, world):
     assert newest.step == 4
     for name, tensor in load_file(newest.path / checkpoint.TRAINED_FILE).items():
         assert torch.equal(tensor, undisturbed[name]), name
+
+
+class _Attribute:
+    """Pickled as a call of `getattr`."""
+
+    def __init__(self, *of):
+        self.of = of
+
+    def __reduce__(self):
+        return getattr, self.of
+
+
+def test_a_checkpoint_of_debians_python_is_read_and_no_other_attribute(tmp_path):
+    """Python 3.11.2 pickles the stage of ZeRO as an attribute of its enumeration."""
+    torch.save({"zero_stage": _Attribute(ZeroStageEnum, "weights")}, tmp_path / "stage.pt")
+    torch.save({"zero_stage": _Attribute(ZeroStageEnum, "mro")}, tmp_path / "method.pt")
+    torch.save({"zero_stage": _Attribute(OrderedDict, "fromkeys")}, tmp_path / "other.pt")
+    with no_pickles():
+        assert torch.load(tmp_path / "stage.pt", weights_only=False) == {"zero_stage": ZeroStageEnum.weights}
+        for name in ("method.pt", "other.pt"):
+            with pytest.raises(ValueError, match="a checkpoint has no use for the attribute"):
+                torch.load(tmp_path / name, weights_only=False)
 
 
 def test_leftovers_of_killed_processes_are_removed_before_space_is_checked(resumed):

@@ -10,19 +10,15 @@ import numpy as np
 import pytest
 import torch
 from artifact_folders import open_dataset
-from loaded_steps import ROWS, SAMPLES, SCHEDULE, K, T, config_of, steps_of
-from safetensors.torch import save_file
+from loaded_steps import ROWS, SAMPLES, SCHEDULE, config_of, steps_of, write_shards
 
 from dskd import shards
-from dskd.artifacts.building import build_artifact
-from dskd.artifacts.manifest import Recipe
 from dskd.artifacts.tensor_file import map_tensor
 from dskd.errors import UserError
-from dskd.shards import COLUMNS, join_blocks, require_teacher_cache
-from dskd.shards.writing import write_block
+from dskd.shards import require_teacher_cache
 from dskd.training.collator import Collator
 from dskd.training.distribution_candidates import CandidateRows
-from dskd.training.packed_step import Counts, CudaCopier, PackedStep, copy_ahead, count_positions
+from dskd.training.packed_step import Blocks, Counts, CudaCopier, PackedStep, copy_ahead, count_positions
 from dskd.training.positions import SensePositions
 from dskd.training.sense_bank import copy_in_pieces, load_bank, require_room
 
@@ -31,20 +27,7 @@ from dskd.training.sense_bank import copy_in_pieces, load_bank, require_room
 def folder(tmp_path_factory):
     """Makes a work directory with shards of samples of many lengths, and the vectors of a sense dictionary."""
     folder = tmp_path_factory.mktemp("loader")
-    random = np.random.default_rng(0)
-    samples = []
-    for _ in range(SAMPLES):
-        columns = {name: random.integers(0, ROWS, (T, K)).astype(np.int32) for name in COLUMNS if "ids" in name}
-        columns["input_ids"] = random.integers(0, 99, T).astype(np.int32)
-        columns["loss_mask"] = (np.arange(T) < random.integers(0, T)).astype(np.uint8)
-        columns["document_starts"] = (np.arange(T) == 0).astype(np.uint8)
-        samples.append(columns)
-    blocks = [folder / "blocks" / str(number) for number in range(3)]
-    for number, block in enumerate(blocks):
-        write_block(block, iter(samples[number::3]))
-    with build_artifact(folder / "shards" / "train", Recipe("shards")) as building:
-        join_blocks(building.folder, blocks)
-    save_file({"vectors": torch.randn(ROWS, 4).bfloat16()}, folder / "senses.safetensors")
+    write_shards(folder)
     return folder
 
 
@@ -169,12 +152,41 @@ def test_a_packed_step_unpacks_to_the_same_step(folder):
     assert all(same(batch, unpacked) for batch, unpacked in zip(batches, step.micro_batches, strict=True))
 
 
+def test_a_block_is_used_again_only_when_no_tensor_refers_to_it():
+    blocks = Blocks(pinned=False)
+    first = blocks.take(1000)
+    place, part = first.data_ptr(), first[100:200].view(torch.float32)
+    del first
+    second = blocks.take(500)
+    part.fill_(1)
+    second.fill_(0)
+    assert part.sum() == 25
+    del part
+    third = blocks.take(900)
+    assert third.data_ptr() == place
+    assert len(third) == 900
+
+
 def test_padding_is_never_counted(folder, tmp_path):
     samples = _samples(folder, tmp_path / "again")
     for step in steps_of(folder, tmp_path / "steps", 2, start_step=9):
         ids = [i for batch in step.micro_batches for i in batch["sample_ids"].tolist()]
         assert step.counts == (sum(int(samples[i]["loss_mask"].sum()) for i in ids), 0, 0, 0)
         assert count_positions(step.micro_batches) == step.counts
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_an_error(folder, tmp_path):
+    collate = Collator(None, None, micro_batch_size=2)
+    steps_read = []
+
+    def die_in_the_third_step(samples):
+        steps_read.append(len(samples))
+        if len(steps_read) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return collate(samples)
+
+    with pytest.raises(RuntimeError, match=r"worker.* (exited unexpectedly|is killed by signal)"):
+        list(steps_of(folder, tmp_path, 1, collate=die_in_the_third_step))
 
 
 def test_the_next_step_is_copied_while_one_runs():
@@ -230,7 +242,7 @@ def test_the_stream_that_uses_a_copy_waits_for_it_and_keeps_its_memory(monkeypat
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
     copier = CudaCopier(torch.device("cuda", 0))
-    started = copier.start(PackedStep(Buffer(), [], [], Counts(0, 0, 0, 0)))
+    started = copier.start(PackedStep(Buffer(), [], [], Counts(0, 0, 0, 0), [], 0))
     assert calls == ["on side", "copy", "off side", "event on side"]
     calls.clear()
     copier.finish(started)

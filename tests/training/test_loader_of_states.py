@@ -19,6 +19,7 @@ from dskd.artifacts.manifest import Recipe
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.shards import COLUMNS, join_blocks
+from dskd.shards.sample_files import SampleReader
 from dskd.shards.writing import write_block
 from dskd.training.collator import Collator
 from dskd.training.loader import load_steps
@@ -52,15 +53,22 @@ def with_states(tmp_path_factory):
     return folder, [sample for number in range(3) for sample in samples[number::3]]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stored_states_reach_the_step_bit_for_bit_with_zeros_after_them(with_states, tmp_path, workers):
+# Three workers do not divide the steps of an epoch evenly, and the 7th step is within an epoch.
+@pytest.mark.parametrize(("workers", "start"), [(0, 0), (1, 0), (3, 0), (2, 7)])
+@pytest.mark.parametrize("states", [STATES, {"trunk_states": torch.float32}], ids=["both", "one column of two"])
+def test_stored_states_reach_the_step_bit_for_bit_with_zeros_after_them(with_states, tmp_path, workers, start, states):
     folder, samples = with_states
-    collate = Collator(None, None, micro_batch_size=2, states=STATES)
-    for step in steps_of(folder, tmp_path / "cache", workers, collate=collate):
+    collate = Collator(None, None, micro_batch_size=2, states=states)
+    # All steps are kept, so a step whose memory a later one used would be found.
+    steps = list(steps_of(folder, tmp_path / "cache", workers, start, collate=collate))
+    assert len(steps) == SCHEDULE.total_steps - start
+    for step in steps:
         for batch in step.micro_batches:
             length = batch["input_ids"].shape[1]
+            assert batch.keys() - states.keys() == {"input_ids", "labels", "loss_mask", "sample_ids"}
             for row, sample_id in enumerate(batch["sample_ids"].tolist()):
-                for column, dtype in STATES.items():
+                assert np.array_equal(batch["input_ids"][row].numpy(), samples[sample_id]["input_ids"][:length])
+                for column, dtype in states.items():
                     assert batch[column].dtype == dtype
                     assert batch[column].shape == (2, length, 4)
                     stored = samples[sample_id][column]
@@ -68,6 +76,49 @@ def test_stored_states_reach_the_step_bit_for_bit_with_zeros_after_them(with_sta
                     assert found[: len(stored)].tobytes() == stored.tobytes()
                     assert not found[len(stored) :].any()
     assert not (tmp_path / "cache" / "train").exists()  # read where they are
+
+
+def test_states_are_compared_where_they_are_used(with_states, tmp_path):
+    """A file that was replaced after a worker compared it."""
+    folder, samples = with_states
+    shutil.copytree(folder / "shards", tmp_path / "shards")
+    dataset = shards.open_shards(config_of(tmp_path), "train", tmp_path / "cache", ONE_RANK, batch_size=1)
+    place = dataset[3]["in_file"]
+    stored = samples[3]["teacher_states"].reshape(-1).view(np.uint8)
+    reader = SampleReader()
+    for size in (len(stored) - 5, len(stored) + 9):  # a batch can be longer, and shorter than an old shard's rows
+        target = np.full(size, 7, np.uint8)
+        reader.read_states(place, {"teacher_states": target})
+        assert target.tobytes() == stored.tobytes()[:size].ljust(size, b"\0")
+    new = bytearray(Path(place.file).read_bytes())
+    new[place.start + place.size - 1] ^= 1  # in the other column
+    Path(place.file).unlink()
+    Path(place.file).write_bytes(new)
+    with pytest.raises(ValueError, match=r"shard\.00000\.mds has changed: its sample 3 is not what the index says"):
+        SampleReader().read_states(place, {"teacher_states": target})
+    os.truncate(place.file, place.start + 9)
+    with pytest.raises(ValueError, match=r"shard\.00000\.mds has [\d,]+ bytes, but the index says [\d,]+"):
+        SampleReader().read_states(place, {"teacher_states": target})
+
+
+def test_a_file_that_changes_after_a_worker_read_it_stops_training_without_a_traceback(with_states, tmp_path):
+    folder, _ = with_states
+    shutil.copytree(folder / "shards", tmp_path / "shards")
+    collate = Collator(None, None, micro_batch_size=2, states=STATES)
+
+    def change_files(samples):
+        for sample in samples:
+            file = Path(sample["in_file"].file)
+            content = file.read_bytes()[:-1] + b"?"
+            file.unlink()
+            file.write_bytes(content)  # the worker has mapped the old file
+        return collate(samples)
+
+    message = (
+        r"train: a shard of the training data cannot be read \(ValueError: shard\.\d+\.mds has changed: its sample"
+    )
+    with pytest.raises(UserError, match=message):
+        list(steps_of(tmp_path, tmp_path / "cache", 1, collate=change_files))
 
 
 def test_shards_that_are_not_packed_are_copied_only_to_a_cache_that_the_config_names(with_states, tmp_path):
@@ -82,10 +133,8 @@ def test_shards_that_are_not_packed_are_copied_only_to_a_cache_that_the_config_n
 
 
 def test_any_number_of_shards_is_read_with_few_open_files(with_states, tmp_path, monkeypatch):
-    from dskd.shards import dataset as mapped
-
     folder, samples = with_states
-    monkeypatch.setattr(mapped, "_OPEN_FILES", 1)
+    monkeypatch.setattr("dskd.shards.sample_files._OPEN_FILES", 1)
     dataset = shards.open_shards(config_of(folder), "train", tmp_path, ONE_RANK, batch_size=1)
     read = [dataset[index] for index in (0, 20, 40, 1, 21)]
     for index, sample in zip((0, 20, 40, 1, 21), read, strict=True):

@@ -96,6 +96,9 @@ def _documents(
                 _SHOWN_PROBLEMS,
             )
         )
+    if writer.left_out:
+        keys = ", ".join(f"{key} ({turns:,})" for key, turns in writer.left_out.most_common())
+        warn(f"{source}: the chat template does not write these notes about turns, and they are left out: {keys}")
     if not_text:
         warn(
             f"{source}: {len(not_text):,} chats are not text (a NUL or half a surrogate pair) and are left out: "

@@ -13,27 +13,25 @@ Shapes: n tokens of a chat.
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
 from dskd.console import warn
+from dskd.corpus.chats.left_out import is_note, other_keys, without, without_a_part
 from dskd.corpus.chats.special_tokens import SpecialTokens
-from dskd.corpus.chats.turns import ASSISTANT, Chat, ChatError, Message
+from dskd.corpus.chats.tool_results import find_misplaced_result
+from dskd.corpus.chats.turns import Chat, ChatError, Message
+from dskd.corpus.template_options import TEMPLATE_OPTIONS
 from dskd.lexicon.reading import is_storable
 
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _REMEDY = "use a chat template with the marks {% generation %} and {% endgeneration %} around answers"
 _SHOWN_CHARACTERS = 40
 _NEAR_TOKENS = 8  # the end of a turn follows its answer within so many tokens
-# Keys of turns that are checked in other ways, or that only say to which call a result belongs.
-_OTHER_KEYS = ("role", "content", "tool_calls", "tool_call_id")
-# Some templates write the date into the system prompt, and would write another corpus every day.
-_DATE = datetime(2024, 7, 26, tzinfo=UTC)
-TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "26 Jul 2024", "strftime_now": _DATE.strftime}
 
 Passage = tuple[int, int]  # the first character of a part of the text, and the one after its last
 
@@ -59,6 +57,7 @@ class ChatWriter:
         self._special_ids = special | set(tokenizer.all_special_ids)
         self._special = SpecialTokens(tokenizer)
         self._has_warned = False
+        self.left_out: Counter[str] = Counter()  # turns by the key of a note that the template has not written
 
     def write(self, chat: Chat) -> WrittenChat | None:
         """Returns a chat as text and tokens; None if it has characters that are not text (a NUL or half a surrogate
@@ -114,18 +113,41 @@ class ChatWriter:
         return tokens
 
     def _require_all_written(self, chat: Chat, text: str) -> None:
-        """Checks that the template writes all that some templates leave out: tools, and the parts of turns that
-        :func:`_without_a_part` names.
+        """Checks that the template writes all that some templates leave out: tools, the parts of turns that
+        :func:`without_a_part` yields, and the calls of results in another order. Counts the notes that it leaves out.
         """
         if chat.tools and not self._differs(chat.messages, None, text):
             raise ChatError("the chat template ignores the chat's tools; use a teacher with a template for tools")
         for index, message in enumerate(chat.messages):
-            for part, other in _without_a_part(message):
+            for part, other in without_a_part(message):
                 if not self._differs([*chat.messages[:index], other, *chat.messages[index + 1 :]], chat.tools, text):
                     raise ChatError(
                         f"the chat template leaves out {part} in turn {index + chat.first_number}; use a template that "
                         "writes it, or remove it from the chat"
                     )
+        place = find_misplaced_result(chat.messages, chat.first_number)
+        if place is not None:
+            other = {**without(chat.messages[place], {"name"}), "tool_call_id": ""}
+            if not self._differs([*chat.messages[:place], other, *chat.messages[place + 1 :]], chat.tools, text):
+                raise ChatError(
+                    f"turn {place + chat.first_number} (tool) is not the result of the call in its place, and the chat "
+                    "template leaves out tool_call_id and name; put the results in the order of the calls"
+                )
+        self._count_notes(chat, text)
+
+    def _count_notes(self, chat: Chat, text: str) -> None:
+        """Counts the turns with each note that the template leaves out."""
+        notes = Counter(key for message in chat.messages for key, value in other_keys(message) if is_note(key, value))
+        if not notes:
+            return
+
+        def is_left_out(keys: set[str]) -> bool:
+            return not self._differs([without(message, keys) for message in chat.messages], chat.tools, text)
+
+        # Each test writes the chat, so test all notes at once first.
+        if not is_left_out(set(notes)):
+            notes = Counter({key: count for key, count in notes.items() if is_left_out({key})})
+        self.left_out += notes
 
     def _differs(self, messages: list[Message], tools: Any, text: str) -> bool:
         """Returns True if the template writes another text than `text`, or refuses the messages."""
@@ -247,30 +269,6 @@ class ChatWriter:
         if last is None or self._tokenizer.decode(tokens[last + 1 : stop]).strip():
             return stop
         return last + 1
-
-
-def _without_a_part(message: Message) -> Iterator[tuple[str, Message]]:
-    """Yields the parts of a turn that some templates leave out, each with the turn that lacks it or has another.
-
-    These are what a system turn or a tool turn says, what the assistant says beside tool calls, each tool call, and
-    texts, lists and objects under other keys, such as `reasoning_content` and `name`.
-    """
-    role, content, calls = message["role"], message["content"], message.get("tool_calls", [])
-    if content.strip() and role != "user" and (role != ASSISTANT or calls):
-        part = "the text beside the tool calls" if role == ASSISTANT else f"the {role} turn"
-        yield part, {**message, "content": f"{content} and more"}
-    for index in range(len(calls)):
-        if len(calls) == 1:
-            yield "the tool calls", {key: value for key, value in message.items() if key != "tool_calls"}
-        else:
-            yield f"tool call {index + 1}", {**message, "tool_calls": calls[:index] + calls[index + 1 :]}
-    # The name of a tool that gives a result repeats that of the call.
-    others = {
-        key: value for key, value in message.items() if key not in _OTHER_KEYS and (key, role) != ("name", "tool")
-    }
-    for key, value in others.items():
-        if isinstance(value, str | list | dict) and (value.strip() if isinstance(value, str) else value):
-            yield repr(key), {other: each for other, each in message.items() if other != key}
 
 
 def _require_beginning(beginning: str, text: str, part: str) -> None:

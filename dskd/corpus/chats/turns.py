@@ -21,6 +21,13 @@ ROLES = ("system", "developer", "user", ASSISTANT, "tool")
 _SPEAKERS = {role: role for role in ROLES} | {"human": "user", "gpt": ASSISTANT}
 _DEFAULT_TEXT_FIELD, _KEYS = "text", ("messages", "conversations")
 _TOOLS, _SYSTEM = "tools", "system"
+# Keys of records that would be parts of the chat, and where those belong.
+_UNREAD = {
+    "functions": "write them under 'tools'",
+    "documents": "write them into a turn",
+    "system_prompt": "rename it to 'system'",
+    "system_message": "rename it to 'system'",
+}
 # Keys by which data sets weight a turn in the loss, or leave it out.
 _WEIGHTS = ("weight", "loss", "train", "training")
 DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
@@ -50,7 +57,7 @@ class ChatColumns:
 
     def __init__(self, text_field: str) -> None:
         self.keys = _KEYS if text_field == _DEFAULT_TEXT_FIELD else (text_field,)
-        self.all = (*self.keys, _TOOLS, _SYSTEM)  # all that may be part of a chat
+        self.all = (*self.keys, _TOOLS, _SYSTEM, *_UNREAD)  # all that may be part of a chat
 
     def __call__(self, path: Path, columns: Mapping[str, Any]) -> Sequence[str]:
         """Returns the columns of a file to read. Raises a UserError if none of them holds chats."""
@@ -83,6 +90,10 @@ class ChatColumns:
             messages.insert(0, {"role": _SYSTEM, "content": system})
         elif has_system and first["content"].strip() != (system or "").strip():
             raise ChatError(f"{_SYSTEM!r} and turn 1 (system) are different texts; remove one of them")
+        for key, remedy in _UNREAD.items():
+            # A text that a turn has too is no loss.
+            if (value := record.get(key)) and not any(value == message["content"] for message in messages):
+                raise ChatError(f"{key!r} would be ignored; {remedy}, or remove it")
         tools = record.get(_TOOLS)
         chat = Chat(messages, (_decoded(tools, repr(_TOOLS)) or None) if tools else None, 0 if adds_system else 1)
         if not chat.answers():

@@ -16,12 +16,9 @@ from typing import Any
 
 from dskd.artifacts.hashing import digest_of_json
 from dskd.corpus.tasks.benchmarks import Benchmark, Example, normalize
+from dskd.corpus.template_options import NOT_THINKING, TEMPLATE_OPTIONS
 from dskd.errors import UserError
 from dskd.random_numbers import derived_seed
-
-# Some templates write the date into the prompt or let the model think first. With these options every day and every
-# model gets the same prompt, which asks for the answer.
-_TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
 
 @dataclass(frozen=True)
@@ -199,8 +196,15 @@ class Prompter:
 
     @property
     def format(self) -> str:
-        """Returns the form of the prompts: `plain`, or the digest of the chat template."""
-        return digest_of_json(self.tokenizer.chat_template) if self.has_template else "plain"
+        """Returns the form of the prompts: `plain`, or the digest of the chat template, with the date if it asks for
+        one in a format of its own.
+        """
+        if not self.has_template:
+            return "plain"
+        template = self.tokenizer.chat_template
+        # Templates that do not ask keep the digest that results of earlier versions have: their prompts are the same.
+        asks = "strftime_now" in str(template)
+        return digest_of_json([template, TEMPLATE_OPTIONS["date_string"]] if asks else template)
 
     def text(self, question: Question, num_shots: int | None = None) -> str:
         """Returns the prompt as the text whose tokens the model reads. Raises a UserError when the chat template raises
@@ -218,7 +222,7 @@ class Prompter:
     def _chat(self, messages: list[dict[str, str]]) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS
+                messages, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS, **NOT_THINKING
             )
         except Exception as error:  # templates can raise any kind of error
             raise UserError(

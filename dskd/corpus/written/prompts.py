@@ -5,15 +5,13 @@ Texts of one kind would all sound alike, so a request's seed chooses among sever
 
 from typing import Any
 
-from dskd.corpus.chats.rendering import TEMPLATE_OPTIONS
+from dskd.corpus.template_options import NOT_THINKING, TEMPLATE_OPTIONS
 from dskd.corpus.written.requests import PARTS_OF_SPEECH, Request
 from dskd.errors import UserError, reason_of
 from dskd.lexicon.reading import is_storable
 
 THOUGHTS = "<think>"  # begins the thoughts of a reasoning model; an answer that is only thoughts becomes this alone
 END_OF_THOUGHTS = "</think>"
-# Models that can think before they answer are asked not to: thoughts are no text to learn from. Not all obey.
-NOT_THINKING = {"enable_thinking": False}  # a variable of chat templates
 _KINDS = ("two or three sentences", "two or three sentences of a story", "a short paragraph")
 
 
@@ -37,7 +35,7 @@ class Prompter:
         )
 
     def text(self, request: Request, *, may_think: bool = False) -> str:
-        """Returns the prompt as text; with `may_think` without the wish for an answer without thoughts.
+        """Returns the prompt as text; `may_think`: does not ask the model to skip its reasoning.
 
         Raises:
             UserError: when the chat template refuses the question.

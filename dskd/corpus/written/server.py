@@ -21,8 +21,9 @@ from requests import Response, Session
 from dskd.config import Config, CorpusConfig
 from dskd.config.data import SERVER_KEY_VARIABLE
 from dskd.console import progress_bar, say
+from dskd.corpus.template_options import NOT_THINKING
 from dskd.corpus.written.blocks import note_writer, read_writer, write_block
-from dskd.corpus.written.prompts import END_OF_THOUGHTS, NOT_THINKING, THOUGHTS, Prompter
+from dskd.corpus.written.prompts import END_OF_THOUGHTS, THOUGHTS, Prompter
 from dskd.corpus.written.requests import Request
 from dskd.errors import OutageError, UserError, first_line
 

@@ -70,6 +70,10 @@ def write_texts(config: Config, world: World, *, force: bool = False) -> None:
     if not force and on_main(lambda: is_current(building.path, building.recipe)):
         say(f"up to date: {building.path}")
         return
+    if corpus.server is not None and read_writer(building.folder) is None:
+        from dskd.corpus.written.server import Server
+
+        Server(corpus).find_model()  # before WordNet is read, which takes far longer than to see that a URL is wrong
     writer = str(teacher.path) if corpus.server is None else corpus.server
     with stage("written: the teacher writes a text for every sense", reads=[writer], writes=building.path):
         prompter = Prompter(teacher.load_tokenizer(), config.seed)

@@ -248,6 +248,37 @@ def test_chats_that_are_not_text_are_left_out_with_a_warning(tmp_path, configure
     assert sum(1 for split in ("train", "validation") for _ in read_texts(config, split)) == 20
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_notes_about_turns_are_named_in_one_line(tmp_path, configure, capsys, kind):
+    """As in WildChat, whose chats are under `conversation`."""
+    chats = [_chat(number)["messages"] for number in range(20)]
+    turns = [[{**turn, "language": "English", "turn_identifier": 3} for turn in chat] for chat in chats]
+    turns[0][0]["country"] = "Italy"
+    file = tmp_path / f"a.{kind}"
+    records = [{"conversation": chat, "model": "x"} for chat in turns]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), file)
+    else:
+        _write(file, records)
+    build_corpus(configure(train=(str(file),), text_field="conversation"))
+    printed = capsys.readouterr().err
+    assert (
+        "warning: corpus.train: the chat template does not write these notes about turns, and they are left out: "
+        "language (40), country (1)\n"
+    ) in printed
+    noted = list(read_texts(configure(train=(str(file),)), "train"))
+    plain = configure(train=(_write(tmp_path / "plain.jsonl", map(_chat, range(20))),))
+    build_corpus(plain)
+    assert noted == list(read_texts(plain, "train"))
+
+
+def test_columns_of_a_table_that_would_be_parts_of_the_chat_are_refused(tmp_path, configure):
+    records = [_chat(number) | {"functions": [{"name": "add"}]} for number in range(20)]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet:1: 'functions' would be ignored; write them under 'tools'"):
+        build_corpus(configure(train=(str(tmp_path / "a.parquet"),)))
+
+
 def test_chats_that_say_a_token_of_the_template_are_left_out_and_counted(tmp_path, configure, capsys):
     said = [
         [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]

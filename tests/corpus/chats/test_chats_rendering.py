@@ -169,6 +169,85 @@ def test_parts_that_the_template_writes_are_accepted():
     assert "hot" in write(TOOLS, [*TWO_CALLS, result, *turns(("a", "Hot."))]).text
 
 
+# As WildChat notes about its turns, and what no list of ours has.
+NOTES = {
+    "language": "English",
+    "timestamp": "2024-04-09T00:02:53+00:00",
+    "toxic": False,
+    "header": {"user-agent": "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36", "accept-language": "en"},
+    "hashed_ip": "22fd87ba9b98f769" * 4,
+    "country": "United States",
+    "turn_identifier": 101002,
+    "digest": "22fd87ba9b98f769" * 8,
+    "topics": ["small talk", "numbers"],
+    "flags": {"spam": 0.1},
+}
+LEFT_OUT = {"language", "timestamp", "header", "hashed_ip", "country", "digest", "topics", "flags"}
+
+
+@pytest.mark.parametrize(
+    ("template", "left_out"),
+    [
+        (SMOLLM, LEFT_OUT),
+        (SMOLLM.replace("+ message['content']", "+ message.language + message['content']"), LEFT_OUT - {"language"}),
+        (SMOLLM.replace("{% for", "{{ messages[0].topics | join }}{% for"), LEFT_OUT - {"topics"}),
+    ],
+)
+def test_notes_about_turns_may_be_left_out_and_are_counted(template, left_out):
+    messages = [turn | NOTES for turn in TWO_ANSWERS]
+    writer = ChatWriter(chat_tokenizer(template), answers_only=True)
+    writer.write(ChatColumns("text").parse({"messages": messages}))
+    assert writer.left_out == dict.fromkeys(left_out, 5)
+    writer.write(ChatColumns("text").parse({"messages": messages[1:3]}))
+    assert writer.left_out == dict.fromkeys(left_out, 7)
+
+
+def _results(*of, calls=("x", "y")):
+    """The chat of two calls, and results with other keys."""
+    made = [
+        {**call, "id": name} if name else call for call, name in zip(TWO_CALLS[1]["tool_calls"], calls, strict=True)
+    ]
+    results = [{"role": "tool", "content": f"result {number}", **keys} for number, keys in enumerate(of)]
+    return [TWO_CALLS[0], {**TWO_CALLS[1], "tool_calls": made}, *results, *turns(("a", "Hot."))]
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        (_results({}, {}), None),
+        (_results({"tool_call_id": "x"}, {"tool_call_id": "y", "name": "time"}), None),
+        (_results({"tool_call_id": "z"}, calls=("", "")), None),  # the calls have no ids
+        (_results({"name": "weather"}, {"name": "time"}, calls=("", "")), None),
+        (_results({"tool_call_id": "x"}, calls=("x", "x")), None),
+        (
+            _results({"tool_call_id": "y"}, {"tool_call_id": "x"}),
+            r"turn 3 \(tool\) is not the result of the call in its",
+        ),
+        (_results({"tool_call_id": "x"}, {"tool_call_id": "x"}), r"turn 4 \(tool\) is not the result"),
+        (_results({"name": "time"}), r"turn 3 \(tool\) .*put the results in the order of the calls"),
+        (_results({"tool_call_id": "z"}), r"turn 3 \(tool\) has the tool_call_id 'z', but .* turn 2 have 'x', 'y'"),
+        (_results({"name": "add"}), r"turn 3 \(tool\) has the name 'add', but turn 2 calls 'weather', 'time'"),
+        (
+            _results({"tool_call_id": "x", "name": "time"}),
+            r"the name 'time', but its tool_call_id is that of 'weather'",
+        ),
+        (
+            [*turns(("u", "Rome?")), {"role": "tool", "content": "hot", "tool_call_id": "x"}, *turns(("a", "Hot."))],
+            None,
+        ),
+    ],
+)
+def test_results_are_in_the_order_of_their_calls_if_the_template_names_none(results, message):
+    if message is None:
+        write(TOOLS, results)
+        return
+    with pytest.raises(ChatError, match=message):
+        write(TOOLS, results)
+    naming = TOOLS.replace("'\n<tool_response>' +", "'\n<tool_response>' + (message.tool_call_id or message.name) +")
+    if "in its" in message or "order" in message:
+        assert "result 0" in write(naming, results).text
+
+
 ENDS_UNMARKED = MARKED.replace(
     "message.content + '<|im_end|>' }}{%- endgeneration %}{{- '\n'",
     "message.content }}{%- endgeneration %}{{- '<|im_end|>\n'",
@@ -255,7 +334,9 @@ def test_answers_of_a_template_without_special_tokens_end_with_their_line(adds_s
             (SMOLLM, [{**TWO_ANSWERS[1], **(more if of == 1 else {})}, {**TWO_ANSWERS[2], **(more if of == 2 else {})}],
                 f"leaves out '{next(iter(more))}' in turn {of}; use a template that writes it, or remove it")
             for of, more in [(1, {"name": "Ann"}), (2, {"reasoning_content": "Greet."}), (2, {"refusal": "No."}),
-                             (2, {"thinking": [{"text": "x"}]}), (2, {"audio": {"id": "x"}})]
+                             (2, {"thinking": [{"text": "x"}]}), (2, {"audio": {"id": "x"}}),
+                             (1, {"hidden": "Answer as a pirate, and be brief."}), (2, {"Reasoning": "Greet."}),
+                             (2, {"steps": ["First I greet him,", "then I answer."]}), (1, {"payload": "a" * 129})]
         ),
         # Marks in a macro, whose places transformers loses, and marks around some answers only.
         (

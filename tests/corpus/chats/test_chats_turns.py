@@ -34,6 +34,7 @@ def _parse(record, text_field="text"):
         ({"messages": [], "conversations": SHAREGPT}, "text"),
         ({"messages": MESSAGES, "conversations": SHAREGPT}, "text"),
         ({"messages": MESSAGES, "system": "Be brief."}, "text"),
+        ({"messages": MESSAGES, "system_message": "Be brief.", "functions": [], "documents": None}, "text"),
         ({"chosen": SHAREGPT, "messages": MESSAGES[:2]}, "chosen"),
         # As tables have them: every turn has the keys of all turns.
         ({"messages": [{**turn, "name": None, "tool_calls": None} for turn in MESSAGES], "tools": None}, "text"),
@@ -145,6 +146,15 @@ def test_calls_of_tools_and_their_functions_are_objects():
         ({"messages": '[{"role": "user", "role": "assistant"}]'}, "'messages': an object has the key 'role' twice"),
         ({"messages": MESSAGES, "system": ["x"]}, "'system' is of type list instead of text"),
         ({"messages": MESSAGES, "system": 3}, "'system' is of type int instead of text"),
+        (
+            {"messages": MESSAGES, "functions": [TOOL]},
+            "'functions' would be ignored; write them under 'tools', or remove",
+        ),
+        ({"messages": MESSAGES, "documents": [{"text": "x"}]}, "'documents' would be ignored; write them into a turn"),
+        (
+            {"messages": MESSAGES, "system_prompt": "Be long."},
+            "'system_prompt' would be ignored; rename it to 'system'",
+        ),
         (
             {"messages": MESSAGES, "system": "Be long."},
             r"'system' and turn 1 \(system\) are different texts; remove one",

@@ -5,6 +5,7 @@ from task_files import DATA
 from tiny_models import word_tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from dskd.artifacts.hashing import digest_of_json
 from dskd.config import TasksConfig
 from dskd.corpus.tasks.benchmarks import BENCHMARKS, Example
 from dskd.corpus.tasks.prompts import Prompter, Question, digest_of, with_shots
@@ -84,6 +85,16 @@ def _turns(example):
     choices = "".join(f"{letter}. {text}\n" for letter, text in zip("ABCDE", example.choices, strict=False))
     turn = {"role": "user", "content": f"Question: {example.question}\n{choices}Answer:"}
     return [turn, {"role": "assistant", "content": example.answers[0]}]
+
+
+def test_the_date_in_a_prompt_is_always_the_same():
+    tokenizer = _chat_tokenizer(writes_start=False)
+    digest = Prompter(tokenizer).format
+    assert digest == digest_of_json(TEMPLATE)  # evaluations made before keep theirs
+    tokenizer.chat_template = "{{ strftime_now('%d/%m/%Y') }} {{ date_string }}" + TEMPLATE
+    prompter = Prompter(tokenizer)
+    assert prompter.request("Hi").startswith("26/07/2024 26 Jul 2024")
+    assert prompter.format not in (digest, digest_of_json(tokenizer.chat_template))  # which had the day's date
 
 
 def test_a_template_that_refuses_the_turns_is_a_user_error():

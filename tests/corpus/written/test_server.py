@@ -324,9 +324,11 @@ def test_a_missing_key_is_named(tmp_path, running):
     assert running.keys == {None}
 
 
-def test_one_of_several_models_has_to_be_named(tmp_path, running):
+def test_one_of_several_models_has_to_be_named(tmp_path, running, monkeypatch):
+    """And that is refused before WordNet is read, which takes much longer."""
     running.models = ["first", "second"]
-    with pytest.raises(UserError, match=r"has 2 models \(first, second\); set corpus.server_model"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"has 2 models \(first, second\); set corpus"):
+        patch.setattr(writing, "find_senses", None)
         write_texts(_config(tmp_path, running), ONE_RANK)
     assert not running.asked
     config = load_config(tmp_path / "config.yaml", ["corpus.server_model=second", "corpus.max_senses=1"])

@@ -1,0 +1,109 @@
+"""Samples in shard files that are not packed: their states are copied straight to the place where a step needs them.
+
+States are nearly all bytes of a sample. A worker sends only where they are; its rank then copies them itself, from the
+mapped file: reading the file took three times as long.
+"""
+
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+_OPEN_FILES = 128  # that are mapped at one time; each takes a file descriptor, of which most systems allow 1,024
+
+
+@dataclass(frozen=True)
+class SampleInFile:
+    """The place of a sample in a shard file, what it must contain, and where its arrays of states are."""
+
+    file: str
+    file_size: int  # bytes
+    number: int  # in its shard, counted from 0
+    start: int  # byte offset in the file
+    size: int  # bytes
+    digest: bytes  # xxh3_64 of its bytes; empty if the index has none
+    states: Mapping[str, tuple[int, int]]  # {column: (byte offset in the sample, bytes)}
+
+    def require_content(self, *parts: Any) -> None:
+        """Checks that `parts`, bytes or arrays, are the sample's bytes in order. Does nothing without a hash.
+
+        Raises:
+            ValueError: if they are not.
+        """
+        if not self.digest:
+            return
+        found = xxhash.xxh3_64()
+        for part in parts:
+            found.update(part)
+        if found.digest() != self.digest:
+            name = Path(self.file).name
+            raise ValueError(f"{name} has changed: its sample {self.number} is not what the index says")
+
+
+class MappedFiles:
+    """The shard files that were mapped last. A map lives on as long as there are arrays in it."""
+
+    def __init__(self) -> None:
+        self._maps: OrderedDict[str, memoryview] = OrderedDict()
+
+    def open(self, path: str, size: int) -> memoryview:
+        """Maps a file of `size` bytes.
+
+        Raises:
+            FileNotFoundError: if there is none; a dataset then fetches it.
+            ValueError: if it has another size. Reading past the end of a map would kill the process.
+        """
+        if path in self._maps:
+            self._maps.move_to_end(path)
+            return self._maps[path]
+        with Path(path).open("rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != size:
+                raise ValueError(f"{Path(path).name} has {found:,} bytes, but the index says {size:,}")
+            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self._maps[path] = mapped
+        if len(self._maps) > _OPEN_FILES:
+            self._maps.popitem(last=False)
+        return mapped
+
+
+class SampleReader:
+    """A reader of the states of samples."""
+
+    def __init__(self) -> None:
+        self._files = MappedFiles()
+
+    def read_states(self, sample: SampleInFile, targets: Mapping[str, np.ndarray]) -> None:
+        """Copies columns of states into `targets`, and compares the whole sample with its hash.
+
+        A worker compared it, too. The bytes are compared once more where they are used, because the file can have been
+        replaced in the meantime.
+
+        Args:
+            sample: the sample.
+            targets: {column: bytes [n] uint8}. What does not fit is left out, and zeros follow a shorter column.
+
+        Raises:
+            ValueError: if the sample is not what the index says.
+            OSError: if its file cannot be opened.
+        """
+        mapped = self._files.open(sample.file, sample.file_size)
+        content = np.frombuffer(mapped, np.uint8, sample.size, sample.start)
+        parts = []  # the sample's bytes in order, of states those that were copied
+        end = 0
+        for column, (start, size) in sorted(sample.states.items(), key=lambda item: item[1]):
+            if column not in targets:
+                continue
+            target = targets[column]
+            copied = target[:size]
+            copied[:] = content[start : start + len(copied)]
+            target[size:] = 0
+            parts += [content[end:start], copied]
+            end = start + len(copied)
+        sample.require_content(*parts, content[end:])

@@ -1,0 +1,44 @@
+"""Every architecture of docs/models.md computes on a GPU what transformers computes there, in float32 and in bf16.
+
+On the CPU: models/test_architectures.py and `make models`.
+"""
+
+import json
+from pathlib import Path
+
+import examine_architectures
+import pytest
+from architectures import ARCHITECTURES
+from examine_architectures import MARK
+from gpus import needs_gpu, run_on_gpu
+from models_page import row, written_rows
+
+pytestmark = pytest.mark.slow
+GROUPS = 12  # each is a process, so that workers share the work
+
+
+def _examine(*names: str, **variables: str) -> list[dict]:
+    program = str(Path(examine_architectures.__file__))
+    printed = run_on_gpu(program, *names, timeout_s=600, **variables)
+    lines = [line.removeprefix(MARK) for line in printed.splitlines() if line.startswith(MARK)]
+    findings = [json.loads(line) for line in lines]
+    assert [finding["name"] for finding in findings] == list(names), printed
+    return findings
+
+
+@needs_gpu
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_architectures_compute_on_a_gpu_what_transformers_computes(group):
+    findings = _examine(*list(ARCHITECTURES)[group::GROUPS])
+    assert {finding["device"] for finding in findings} == {"cuda"}
+    faults = {finding["name"]: finding["faults"] for finding in findings if finding["faults"]}
+    assert faults == {}
+    written = written_rows()
+    for finding in findings:
+        assert row(finding["name"], finding) == written[finding["name"]]
+
+
+def test_the_examination_runs_without_a_gpu():
+    (finding,) = _examine("llama", DS_ACCELERATOR="cpu")
+    assert finding["device"] == "cpu" and finding["faults"] == []
+    assert row("llama", finding) == written_rows()["llama"]
