@@ -14,8 +14,11 @@ from dskd.compare.statistics import CONFIDENCE, Difference, Estimate, holm, on_s
 _LEVEL = round(100 * CONFIDENCE)
 _INTRODUCTION = """# What makes a good student, and do senses help?
 
-{when}. `python -m benchmarks.quality --report` wrote this page from `results.jsonl`. [toys.md](toys.md) summarises an
-earlier study on toy models, whose advice did not carry over to a real one.
+{when}.
+
+`python -m benchmarks.quality --report` wrote this page from `results.jsonl`; the study is not finished, and the same
+program continues it. [toys.md](toys.md) summarises an earlier study on toy models, whose advice did not carry over to
+a real one.
 
 Students are cut from SmolLM2-135M-Instruct (30 layers, of which they keep 15), trained on stored states in plain torch
 with the loss of `dskd`, and measured against the teacher position by position (the measures are defined in
