@@ -41,7 +41,7 @@ def _require_same_losses(config, expected, tolerance=5e-4):
 @pytest.mark.parametrize("overrides", [DISTRIBUTION, CACHED], ids=["distribution", "cached"])
 def test_other_losses_are_those_of_the_cpu(tiny, tmp_path, world, overrides):
     """On the CPU: losses/test_sense_losses.py, training/test_training.py."""
-    on_cpu, on_gpu = (copy_work(tiny, tmp_path / device, *BEFORE_TRAINING) for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (copy_work(tiny, tmp_path / device, *BEFORE_TRAINING) for device in ("host", "device"))
     train(load_config(on_cpu, [*overrides, "train.num_workers=0"]), world)
     launch("train.py", on_gpu, *overrides)
     _require_same_losses(on_gpu, on_cpu)

@@ -52,7 +52,7 @@ def check_plan(folder: Path, name: str, *, is_refused: bool) -> str | None:
     config = Config(
         workdir=str(folder / "work"),
         teacher={"path": str(folder)},
-        student={"layers": [0, 1], "train_layers": 1},
+        student={"layers": (0, 1), "train_layers": 1},
         corpus={"packing": "stream", "sequence_length": 16},
     )
     try:
