@@ -35,7 +35,7 @@ def warn(message: str) -> None:
 
 
 def progress(items: Iterable[T], *, total: int | None, label: str, unit: str) -> Iterator[T]:
-    """Yields `items` and shows a progress bar with the rate in `unit` per second; on ranks other than 0 without bar."""
+    """Yields `items` and shows a progress bar with the rate in `unit` per second; without a bar except on rank 0."""
     yield from tqdm(items, total=total, desc=f"  {label}", unit=f" {unit}", **_bar_options())
 
 

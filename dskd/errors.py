@@ -5,8 +5,13 @@ Any other exception is a bug and keeps its traceback.
 
 from collections.abc import Sequence
 
-USER_ERROR_EXIT_CODE = 2
+# The exit codes of all programs (docs/running.md); 0 is success.
 FAULT_EXIT_CODE = 1  # schedulers may retry it
+USER_ERROR_EXIT_CODE = 2
+UNFIT_EXIT_CODE = 3  # `dskd plan`: the job will not fit
+UNFINISHED_EXIT_CODE = 3  # `dskd status`: the run is not finished
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: running the same command again continues
+INTERRUPTED_EXIT_CODE = 130  # by the keyboard
 
 
 class UserError(Exception):

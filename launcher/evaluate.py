@@ -7,7 +7,7 @@ measures their knowledge of words and senses instead, and writes WORKDIR/lexical
 from dskd.cli.program import build_parser, parse, run_on_ranks
 from dskd.config import Config
 from dskd.distributed.world import World
-from dskd.evaluation.table import PROGRAMS, Arguments
+from dskd.evaluation.programs import PROGRAMS, Arguments
 
 EPILOG = """
 examples:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cluster_lab.slurm
 import pytest
@@ -25,6 +26,9 @@ from dskd.__main__ import main
 from dskd.distributed.rendezvous import initialize
 from dskd.distributed.world import LAUNCHER_VARIABLES, World
 from dskd.tracking import tracker
+
+if TYPE_CHECKING:
+    from mlflow_server import Link, Server
 
 # Ranks of one machine share its cores, and sums in another order differ in their last bits: one thread for everything
 # that is compared bit for bit.
@@ -249,7 +253,8 @@ def read_only() -> Iterator[Callable[[Path], None]]:
 
 
 @pytest.fixture
-def link(server, monkeypatch):
+def link(server: "Server", monkeypatch: pytest.MonkeyPatch) -> Iterator["Link"]:
+    """A connection to the MLflow server that a test can cut and mend; the tracker waits shortly while it is cut."""
     from mlflow_server import Link
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -262,7 +267,8 @@ def link(server, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory, no_runs):
+def server(tmp_path_factory: pytest.TempPathFactory, no_runs: Path) -> Iterator["Server"]:
+    """An MLflow server that runs until the last test ends; it begins without runs."""
     from mlflow_server import Server
 
     server = Server(tmp_path_factory.mktemp("mlflow"), no_runs)

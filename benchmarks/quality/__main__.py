@@ -1,33 +1,30 @@
-"""Do senses help? Tunes and trains every arm of the study, five seeds each, and saves one line of results per training.
+"""What makes a good student, and do senses help? Trains students of one teacher in many ways and compares them.
 
-An arm is a way to train: plain fine-tuning, KD, KD + hidden-state distance, KD + own senses, + synonyms, DSKD, and
-arms that add to the tuned hidden-state distance. Each arm tries four values of its weight, which are compared on one
-part of the held-out text. The best value is trained on five other seeds and measured once, on the other part. Then one
-factor at a time is changed (teacher, kappa, steps, text, ...).
+The config's pipeline runs up to the shards, in which the teacher's states are stored; then every training takes
+minutes, in plain torch, with the loss of `dskd`. The arms are in arms.py, the measures in measures.py.
 """
 
 import argparse
 from pathlib import Path
 
-from benchmarks.quality import work
 from dskd.cli.program import run
 from dskd.errors import UserError
 
 EPILOG = """
 examples:
-  python -m benchmarks.quality --work work/quality                        all of it; the same command resumes
-  python -m benchmarks.quality --work work/quality --minutes 30           starts no training after half an hour
-  python -m benchmarks.quality --work work/quality --stages tune test     without changing single factors
-  python -m benchmarks.quality --report                                   README.md and docs/results.md from the results
-  python -m benchmarks.quality --work work/quality --stages               only what all arms share, up to the shards
+  python -m benchmarks.quality                                     all of it; the same command resumes
+  python -m benchmarks.quality --arms senses divergence            these arms and those that they build on
+  python -m benchmarks.quality --looks                             three seeds of every arm, untuned: leads, in an hour
+  python -m benchmarks.quality --seeds --minutes 30                tuning alone; starts no training after half an hour
+  python -m benchmarks.quality --name handbook workdir=work/handbook corpus.source=files 'corpus.train=[handbook/*.txt]'
+                                                                   on a text of your own
+  python -m benchmarks.quality --report                            README.md from the results
 
-On a CPU one thread is as fast as two at this size: OMP_NUM_THREADS=1. The same command may run several times at once,
-each on a core of its own. The students of the test stay in WORK/VARIANT/export.
+On a CPU one thread is nearly as fast as two at this size: OMP_NUM_THREADS=1. The same command may run several times at
+once, each on a core of its own.
 """
-REPORT = Path(__file__).with_name("README.md")
-SUMMARY = Path(__file__).parent.parent.parent / "docs" / "results.md"
-STAGES = ("tune", "test", "factor")
-RESULTS = Path(__file__).with_name("results.jsonl")
+HERE = Path(__file__).parent
+REPORT, RESULTS, CONFIG = HERE / "README.md", HERE / "results.jsonl", HERE / "study.yaml"
 
 
 def main() -> int:
@@ -37,35 +34,45 @@ def main() -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="folder for the work directories")
-    parser.add_argument("--report", action="store_true", help="train nothing: write README.md from the results")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="teacher and text; default: study.yaml")
+    parser.add_argument("--name", default="written", help="name of the text in the results; default: written")
+    parser.add_argument("--arms", nargs="+", default=(), metavar="NAME", help="train only these; default: all")
+    parser.add_argument("--seeds", nargs="*", type=int, metavar="SEED", help="of the test; default: 0 to 4")
+    parser.add_argument("--looks", action="store_true", help="train arms without tuning, with three seeds: for leads")
+    parser.add_argument("--pairs", nargs="*", type=Path, default=(), metavar="FILE", help="pairs of AntSynNET")
     parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="FILE.jsonl", help="default: the committed ones"
     )
-    parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES, help="the stages to run; default: all")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after this many minutes")
+    parser.add_argument("--report", action="store_true", help="train nothing: write README.md from the results")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
     args = parser.parse_args()
-    if (args.work is None) != args.report:
-        parser.error("use --work FOLDER to train, or --report to write the report of the results")
 
     def action() -> int:
-        from benchmarks.quality.report import write_report, write_summary
         from benchmarks.quality.results import read_results
 
         if args.report:
+            from benchmarks.quality.report import write_report
+
             results = read_results(args.results)
             if not results:
                 raise UserError(f"--results {args.results}: this file has no results; {REPORT} stays as it is")
             write_report(results, REPORT)
-            write_summary(results, SUMMARY)
-            print(f"wrote {REPORT} and the table in {SUMMARY}")
+            print(f"wrote {REPORT}")
             return 0
-        from benchmarks.quality.trainings import Runner  # imported late, so that --help does not wait for DeepSpeed
-        from dskd.distributed.rendezvous import initialize
+        # Imported late, so that --help does not wait for torch.
+        from benchmarks.quality.arms import TEST_SEEDS
+        from benchmarks.quality.trainings import Runner
+        from dskd.artifacts.lock import release_lock
+        from dskd.config.reading import load_config
+        from dskd.pipeline import LOCK, run_pipeline
 
-        work.prepare(args.work)
-        runner = Runner(args.work, args.results, initialize())
-        runner.run(tuple(args.stages), args.minutes * 60)
+        run_pipeline(args.config, args.overrides, until="shards")
+        config = load_config(args.config, args.overrides)
+        release_lock(config.path(LOCK))  # the pipeline holds it until this process ends
+        runner = Runner(config, args.name, args.results, args.pairs)
+        seeds = TEST_SEEDS if args.seeds is None else args.seeds
+        runner.run(args.arms, seeds, args.minutes * 60, looks=args.looks)
         return 0
 
     return run(action)

@@ -1,9 +1,97 @@
-"""Names of measures in the results, in addition to those of :mod:`dskd.evaluation.held_out_text`."""
+"""Measures of students on one part of the held-out text, position by position against the teacher.
 
-HIDDEN = "hidden_distance"  # mean over positions of |h - t|² / D; h, t: last hidden states of student and teacher
-LEXICAL = ("sense_separation_target", "sense_retrieval_target", "synonym_preference")  # from dskd.evaluation.lexical
-GEOMETRY = "synonym_nearer"  # the teacher's share of pairs of a synonym and an antonym whose synonym is nearer
-KNOWLEDGE = (*LEXICAL, "sense_alignment")  # the last one is from dskd.evaluation.held_out_text
-ERROR, ITEMS = "{}_standard_error", "{}_items"  # for the teacher's measures; items are the number of words in a measure
-ON_TEXT = ("perplexity", "accuracy", "lexical_perplexity", HIDDEN)
-DIGITS = {"perplexity": 3, "accuracy": 4, "lexical_perplexity": 1, HIDDEN: 4} | dict.fromkeys((*KNOWLEDGE, GEOMETRY), 3)
+| measure | definition, over target positions |
+|---|---|
+| kl | mean of KL(teacher ‖ student) of the next token, temperature 1, in nats |
+| agreement | share of positions whose most probable token is the teacher's |
+| perplexity | exp of the mean cross-entropy |
+| lexical_perplexity | perplexity over positions whose target has a synonym or antonym |
+| choice | share of positions with related words where the target is the most probable of it and these |
+| preference | share of positions with both kinds of related words where the synonyms are more probable in the mean |
+| opposites | of pairs of words (:mod:`benchmarks.quality.pairs`), ROC AUC of telling antonyms from synonyms |
+
+Related words are tokens of the vocabulary. Shapes: N positions, V vocabulary, D hidden.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.quality.text import Text, Words
+
+BY_TEXT = ("kl", "agreement", "perplexity", "lexical_perplexity", "choice", "preference")
+OPPOSITES = "opposites"
+MEASURES = (*BY_TEXT, OPPOSITES)
+HIGHER_IS_BETTER = frozenset({"agreement", "choice", "preference", OPPOSITES})
+DIGITS = {"kl": 4, "agreement": 4, "perplexity": 1, "lexical_perplexity": 0, "choice": 4, "preference": 4, OPPOSITES: 3}
+_CHUNK = 128
+
+
+class _Sums(NamedTuple):
+    """Values [N] at the positions of a chunk; NaN where a measure is not defined."""
+
+    kl: torch.Tensor
+    agreement: torch.Tensor
+    nll: torch.Tensor
+    lexical_nll: torch.Tensor
+    choice: torch.Tensor
+    preference: torch.Tensor
+
+
+@torch.no_grad()
+def measure(
+    states: torch.Tensor, matrix: torch.Tensor, teacher_matrix: torch.Tensor, text: Text, at: torch.Tensor, words: Words
+) -> dict[str, float]:
+    """Returns {measure: value} on the sequences `at` [n] of a text.
+
+    Args:
+        states: a model's last hidden states [n, T, D] on these sequences.
+        matrix: its output matrix [V, D].
+        teacher_matrix: the teacher's.
+        text: the held-out text.
+        at: indices of the sequences.
+        words: related words.
+    """
+    mask = text.loss_mask[at]
+    columns = (states[mask], text.teacher_states[at][mask], text.labels[at][mask], text.lexical[at][mask])
+    parts = list(_parts(columns, matrix, teacher_matrix, words))
+    found = {name: torch.cat([getattr(part, name) for part in parts]).double() for name in _Sums._fields}
+    means = {name: float(values.nanmean()) for name, values in found.items()}
+    return {
+        "kl": means["kl"],
+        "agreement": means["agreement"],
+        "perplexity": float(torch.tensor(means["nll"]).exp()),
+        "lexical_perplexity": float(torch.tensor(means["lexical_nll"]).exp()),
+        "choice": means["choice"],
+        "preference": means["preference"],
+    }
+
+
+def _parts(
+    columns: tuple[torch.Tensor, ...], matrix: torch.Tensor, teacher_matrix: torch.Tensor, words: Words
+) -> Iterator[_Sums]:
+    for states, teacher_states, labels, lexical in zip(*(column.split(_CHUNK) for column in columns), strict=True):
+        own = F.linear(states, matrix).log_softmax(-1)
+        teacher = F.linear(teacher_states, teacher_matrix).log_softmax(-1)
+        kl = (teacher.exp() * (teacher - own)).sum(-1)
+        agreement = (own.argmax(-1) == teacher.argmax(-1)).float()
+        nll = -own.gather(-1, labels[:, None]).squeeze(-1)
+        related = words.related[labels]
+        exists = related >= 0
+        chances = own.gather(-1, related.clamp(min=0)).masked_fill(~exists, -torch.inf)
+        choice = (chances.amax(-1) < -nll).float().masked_fill(~exists.any(-1), torch.nan)
+        half = related.shape[-1] // 2
+        synonyms, antonyms = (
+            (chances.exp() * exists)[:, part].sum(-1) / exists[:, part].sum(-1)
+            for part in (slice(0, half), slice(half, None))
+        )  # NaN without words
+        both = exists[:, :half].any(-1) & exists[:, half:].any(-1)
+        preference = (synonyms > antonyms).float().masked_fill(~both, torch.nan)
+        yield _Sums(kl, agreement, nll, nll.masked_fill(~lexical, torch.nan), choice, preference)
+
+
+def describe(measures: Mapping[str, float]) -> str:
+    """Returns the measures as one line."""
+    return ", ".join(f"{name} {measures[name]:.{DIGITS[name]}f}" for name in MEASURES if name in measures)

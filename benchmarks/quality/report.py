@@ -1,291 +1,169 @@
 """The report of the study. All of its figures come from the results file."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.quality import study
-from benchmarks.quality.drawing import draw_differences
-from benchmarks.quality.measures import DIGITS, ERROR, GEOMETRY, ITEMS, KNOWLEDGE, ON_TEXT
-from benchmarks.quality.results import REFERENCES, TEACHER, Result, choose
+from benchmarks.quality.arms import ARMS, BY_NAME, TUNING_SEED, Arm
+from benchmarks.quality.measures import DIGITS, MEASURES
+from benchmarks.quality.results import TEACHER, UNTRAINED, Result, Stage, choose
+from benchmarks.quality.settings import Settings
 from dskd.compare.statistics import CONFIDENCE, Difference, Estimate, holm, on_seeds
 
-_FIRST, _LEXICAL = ON_TEXT[0], ON_TEXT[2]
-PICTURE = "differences.svg"
-_TESTED = ("test", None)
 _LEVEL = round(100 * CONFIDENCE)
-Trained = tuple[str, str | None]  # a stage, and the factor that was changed
-_LEXICAL_MEASURES = """All states are those from which the model predicts the word, which the sense loss trains.
-Separation (ROC AUC): are examples of one sense more alike than examples of different senses? Retrieval: is an
-example's sense the nearest among those of its lemma? Preference: does the model prefer a synonym in a sentence to an
-antonym of about the same frequency? Alignment (on the held-out text): is a row of P_i nearer to the state than every
-row of N_i? The definitions are in `dskd/evaluation/lexical`. The row "letters" has the scores of the letters of the
-text, without a model. If the teacher is no better than the letters, or than the untrained student, it has nothing to
-teach, and the measure cannot tell the arms apart. The items are from all of the held-out text, including the part on
-which weights were chosen."""
+_INTRODUCTION = """# What makes a good student, and do senses help?
+
+{when}.
+
+`python -m benchmarks.quality --report` wrote this page from `results.jsonl`; the study is not finished, and the same
+program continues it. [toys.md](toys.md) summarises an earlier study on toy models, whose advice did not carry over to
+a real one.
+
+Students are cut from SmolLM2-135M-Instruct (30 layers, of which they keep 15), trained on stored states in plain torch
+with the loss of `dskd`, and measured against the teacher position by position (the measures are defined in
+`measures.py`, the arms in `arms.py`). An arm's value is the one with the lowest KL to the teacher on one part of the
+held-out text (seed {tuning}); arms that are tested are then trained with other seeds and measured on the other part.
+Intervals are {level} % intervals of Student's t over seeds. Seeds differ in the order of the text, and in the positions
+that are drawn. The intervals cover neither other teachers nor other text. Seconds are CPU seconds of training."""
 
 
 def write_report(results: Sequence[Result], path: Path) -> None:
-    """Writes the Markdown of :func:`render` to `path`, and its picture to the same folder."""
+    """Writes the Markdown of :func:`render` to `path`."""
     path.write_text(render(results), encoding="utf-8")
-    draw_differences(
-        {
-            (measure, baseline): {
-                arm.name: measured
-                for arm in study.ARMS
-                if (measured := difference(results, _TESTED, arm.name, _TESTED, baseline, measure)) is not None
-                and arm.name != baseline
-            }
-            for measure in ("perplexity", "lexical_perplexity")
-            for baseline in study.BASELINES
-        },
-        path.with_name(PICTURE),
-    )
-
-
-SUMMARY_MARKS = ("<!-- of benchmarks/quality -->\n", "<!-- end -->")
-_SUMMARY = {
-    "kd-paper": "ce",
-    "dskd-paper": "kd-paper",
-    "kd": "ce",
-    "kd-hidden": "kd",
-    "kd-own": "kd",
-    "kd-synonyms": "kd",
-    "dskd": "kd",
-    "dskd-papers-rule": "kd",
-} | {name: "kd-hidden" for name in ("hidden-dskd", "hidden-distribution", "hidden-distribution-own", "hidden-lexical")}
-_OF_SUMMARY = ("perplexity", "lexical_perplexity", "synonym_preference")
-
-
-def render_summary(results: Sequence[Result]) -> str:
-    """Returns the table of docs/results.md: each arm against the one that it adds something to."""
-    rows = []
-    for name, other in _SUMMARY.items():
-        differences = [difference(results, _TESTED, name, _TESTED, other, measure) for measure in _OF_SUMMARY]
-        if None not in differences:
-            cells = [_shown(tested, measure) for tested, measure in zip(differences, _OF_SUMMARY, strict=True)]
-            arm = study.BY_NAME[name]
-            weight = f"{arm.tuned_key.rpartition('.')[2]} {choose(results, arm):g}"
-            rows.append([f"`{name}`: {arm.description} ({weight})", f"`{other}`", *cells])
-    names = [measure.replace("_", " ") for measure in _OF_SUMMARY]
-    if not rows:
-        return "There are no results yet.\n"
-    of_teacher = next((r.measures for r in results if (r.arm, r.variant) == (TEACHER, None)), {})
-    geometry = ""
-    if ERROR.format(GEOMETRY) in of_teacher:
-        share = f"{of_teacher[GEOMETRY]:.3f} (s.e. {of_teacher[ERROR.format(GEOMETRY)]:.3f})"
-        geometry = f" In the teacher, the synonym is nearer in {share} of the pairs of a word's synonym and antonym."
-    of_kd = [result.measures for result in results if (result.stage, result.arm) == ("test", "kd")]
-    levels = ""
-    if of_kd:
-        whole, lexical = (statistics.mean(measures[name] for measures in of_kd) for name in (_FIRST, _LEXICAL))
-        levels = f" The perplexity of `kd` is {whole:.1f}, and {lexical:.0f} on targets with relations."
-    table = _table(["way to train", "against", *names], rows)
-    return f"{table}\n\nMeasured {_when(results)}.{levels}{geometry}\n"
-
-
-def write_summary(results: Sequence[Result], path: Path) -> None:
-    """Writes the text of :func:`render_summary` between its marks in a Markdown file."""
-    begin, end = SUMMARY_MARKS
-    text = path.read_text(encoding="utf-8")
-    before, rest = text.split(begin)
-    path.write_text(f"{before}{begin}{render_summary(results)}{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
 def render(results: Sequence[Result]) -> str:
     """Returns the whole report as Markdown."""
-    parts = ["# Do senses help?", "", _about(results), "", "## Tuned weights", "", _tuned(results)]
-    parts += ["", "## Test", "", _tested(results, ON_TEXT)]
-    if any(result.stage == "test" for result in results):
-        parts += ["", f"![differences with their intervals]({PICTURE})"]
-    for baseline in study.BASELINES:
-        parts += ["", f"### Against {baseline}, seed by seed", "", _against(results, baseline, ON_TEXT)]
-    parts += ["", "## What they know of held-out words", "", _LEXICAL_MEASURES, "", _tested(results, KNOWLEDGE)]
-    parts += ["", f"### Against {study.BASELINES[-1]}, seed by seed", ""]
-    parts += [_against(results, study.BASELINES[-1], KNOWLEDGE)]
-    parts += ["", "## One thing changed", "", _factors(results), "", "## Not run", "", _missing(results)]
-    return "\n".join(parts) + "\n"
-
-
-def _about(results: Sequence[Result]) -> str:
-    if not results:
-        return "There are no results yet."
-    trainings = [result for result in results if result.arm not in REFERENCES]
-    minutes = sum(result.seconds for result in trainings) / 60
-    places = "; ".join(sorted({result.machine for result in results}))
-    return (
-        f"{_when(results)}; {places}. {len(trainings)} trainings, {minutes:.0f} minutes of training and measuring. "
-        "`python -m benchmarks.quality --report` wrote this page from `results.jsonl`. Intervals are "
-        f"{_LEVEL} % intervals of Student's t over seeds. All seeds start from one student, cut from one teacher, and "
-        "are measured on one text; they differ in the order of the training text and in the positions of the sense "
-        "loss. The intervals therefore do not cover other teachers, or other sentences to measure on, which would "
-        "change a difference, too: see the teacher's standard errors (s.e.) below."
-    )
-
-
-def _when(results: Sequence[Result]) -> str:
     dates = sorted({result.date for result in results})
-    return dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    places = "; ".join(sorted({result.machine for result in results}))
+    trained = [result for result in results if result.steps]
+    minutes = sum(result.cpu_seconds for result in trained) / 60
+    days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    when = f"{days}; {places}; {len(trained)} trainings, {minutes:.0f} minutes"
+    parts = [_INTRODUCTION.format(when=when, tuning=TUNING_SEED, level=_LEVEL)]
+    for text in dict.fromkeys(result.text for result in results):
+        of_text = [result for result in results if result.text == text]
+        parts += [f"## Text: {text}", _references(of_text)]
+        stages = {result.stage for result in of_text if result.steps}
+        if "tune" in stages:
+            parts += ["### What was tried", _tried(of_text)]
+        if "look" in stages:
+            parts += ["### Looks: untuned, on the validation part", _tested(of_text, "look")]
+            parts += ["#### Differences, seed by seed", _differences(of_text, "look")]
+        if "test" in stages:
+            parts += ["### Test", _tested(of_text, "test"), "#### Differences, seed by seed"]
+            parts += [_differences(of_text, "test")]
+    return "\n\n".join(parts) + "\n"
 
 
-def _tuned(results: Sequence[Result]) -> str:
-    rows = []
-    for arm in study.ARMS:
-        done = {
-            result.value: f"{result.value:g}: {result.measures[_FIRST]:.2f} / {result.measures[_LEXICAL]:.1f}"
-            for result in results
-            if (result.stage, result.arm) == ("tune", arm.name)
-        }
-        if arm.is_tuned:
-            tried = ", ".join(done[value] for value in arm.trials if value in done) or "none yet"
-        else:
-            tried = "not tuned"
-        also_tried = ", ".join(done[value] for value in arm.extra_values if value in done)
-        best = choose(results, arm)
-        chosen = "" if best is None else f"{best:g}"
-        if arm.is_tuned and best in {min(arm.trials), max(arm.trials)}:
-            chosen += ", an end"
-        rows.append([arm.name, arm.description, arm.based_on or "", f"`{arm.tuned_key}`", tried, also_tried, chosen])
-    header = ["arm", "description", "builds on", "tuned key", "trials", "also tried", "chosen"]
-    return (
-        "The values are perplexity / perplexity on targets with relations, both on the validation part, with one seed. "
-        f"Of the {study.NUM_TRIALS} trials of an arm, the one with the lowest perplexity is chosen; values that were "
-        'also tried are never chosen. If the first or last trial is chosen ("an end"), a weight beyond it may '
-        "be better.\n\n" + _table(header, rows)
-    )
+def _measured(results: Sequence[Result]) -> list[str]:
+    return [name for name in MEASURES if any(name in result.measures for result in results)]
 
 
-def _tested(results: Sequence[Result], measures: Sequence[str]) -> str:
-    rows = []
-    for name in (*REFERENCES, *(arm.name for arm in study.ARMS)):
-        of_arm = [result for result in results if (result.stage, result.arm) == ("test", name)]
-        cells = [_cell(of_arm, measure) for measure in measures]
-        if any(cells):
-            rows.append([name, str(len(of_arm)) if name not in REFERENCES else "", *cells])
-    return _table(["arm", "seeds", *measures], rows) if rows else "There are no results yet."
-
-
-def _cell(results: Sequence[Result], measure: str) -> str:
-    values = [result.measures[measure] for result in results if measure in result.measures]
-    if not values:
-        return ""
-    error, items = (results[0].measures.get(name.format(measure)) for name in (ERROR, ITEMS))
-    error_text = "" if error is None else f" (s.e. {error:.{DIGITS[measure]}f}, {items:,.0f} items)"
-    return _estimate(values, measure) + error_text
-
-
-def _against(results: Sequence[Result], baseline: str, measures: Sequence[str]) -> str:
-    differences = {
-        arm.name: [difference(results, _TESTED, arm.name, _TESTED, baseline, measure) for measure in measures]
-        for arm in study.ARMS
-        if arm.name != baseline
-    }
-    whole = {
-        name: [tested for tested in of_measures if tested is not None]
-        for name, of_measures in differences.items()
-        if None not in of_measures
-    }
-    if not whole:
-        return "There is nothing to compare yet: a difference needs two seeds of both arms."
-    p_values = iter(holm([tested.p_value for of_measures in whole.values() for tested in of_measures]))
+def _references(results: Sequence[Result]) -> str:
+    names = _measured(results)
     rows = [
-        [name, *(_shown(tested, m, next(p_values)) for tested, m in zip(of_measures, measures, strict=True))]
-        for name, of_measures in whole.items()
+        [f"{result.arm}, {'test' if result.stage == 'test' else 'validation'} part", *_values(result, names)]
+        for result in results
+        if result.arm in (TEACHER, UNTRAINED)
     ]
-    return (
-        _table(["arm", *measures], rows)
-        + "\n\nEach cell has the difference [interval] and the p-value of the paired t test, corrected by Holm's "
-        "method over this table."
-    )
+    return _table(["reference", *map(_label, names)], rows)
 
 
-def _factors(results: Sequence[Result]) -> str:
+def _tried(results: Sequence[Result]) -> str:
+    names = _measured(results)
+    by_identity = {result.identity: result for result in results}
+    text = results[0].text
+    chosen: dict[str, Any] = {}
     rows = []
-    for factor in (None, *study.FACTORS):
-        variant = factor.name if factor else None
-        teachers = [r for r in results if (r.arm, r.variant) == (TEACHER, variant)]
-        with_baseline = study.is_needed(factor, study.FACTOR_BASELINE)
-        baseline = ("factor", variant) if with_baseline else ("test", None)
-        for name in study.FACTOR_ARMS[1:]:
-            cells = [
-                _shown(difference(results, ("factor", variant), name, baseline, study.FACTOR_BASELINE, m), m)
-                for m in ON_TEXT[:3]
-            ]
-            if all(cells):
-                of_teacher = teachers[0].measures if teachers else {}
-                perplexity = f"{of_teacher[_FIRST]:.1f}" if _FIRST in of_teacher else ""
-                geometry = f"{of_teacher[GEOMETRY]:.3f}" if GEOMETRY in of_teacher else ""
+    for arm in ARMS:
+        if arm.based_on is not None and arm.based_on not in chosen:
+            continue
+        best = choose(results, text, arm, chosen)
+        for value in arm.values(chosen):
+            result = by_identity.get(_identity(text, arm.settings(chosen, value)))
+            if result is not None:
+                shown = "" if arm.tuned is None else f"{arm.tuned} {value}"
+                mark = " (chosen)" if arm.tuned is not None and best is not None and value == best else ""
+                label = arm.name if value == arm.values(chosen)[0] else ""
                 rows.append(
-                    [variant or "nothing", perplexity, geometry, _mean_baseline(results, baseline), name, *cells]
+                    [label, shown + mark, str(result.steps), f"{result.cpu_seconds:.0f}", *_values(result, names)]
                 )
-    if not rows:
-        return "There are no results yet."
-    against = f"{study.FACTOR_BASELINE}: {_FIRST}, {_LEXICAL}"
-    header = ["changed", "teacher's perplexity", GEOMETRY, against, "arm", *ON_TEXT[:3]]
-    return (
-        f"Differences to {study.FACTOR_BASELINE} over the same seeds, with the weights tuned above, except for a sense "
-        f"weight of {study.FACTOR_SENSE_WEIGHT:g}, the paper's, because the weights that tuning chose are too small to "
-        "show anything. The intervals are not corrected for the number of comparisons, so they are only leads. "
-        f"{GEOMETRY} is the teacher's share, from `dskd senses geometry`, of pairs of a word's synonym and antonym in "
-        "which the synonym is nearer.\n\n" + _table(header, rows)
-    )
+        if arm.tuned is None or best is not None:
+            chosen[arm.name] = best
+    return _table(["arm", "tried", "steps", "seconds", *map(_label, names)], rows)
 
 
-def _mean_baseline(results: Sequence[Result], trained: Trained) -> str:
-    of_baseline = [
-        r.measures
-        for r in results
-        if (r.stage, r.variant, r.arm) == (*trained, study.FACTOR_BASELINE) and r.seed in study.FACTOR_SEEDS
+def _identity(text: str, settings: Settings) -> tuple[Any, ...]:
+    return Result(text, "tune", "", TUNING_SEED, settings.changes, None, {}, 0, 0, 0, 0.0, "", "").identity
+
+
+def _tested(results: Sequence[Result], stage: Stage) -> str:
+    names = _measured(results)
+    rows = []
+    for arm in ARMS:
+        of_arm = [result for result in results if (result.stage, result.arm) == (stage, arm.name)]
+        if of_arm:
+            estimates = [_estimate([result.measures[name] for result in of_arm], name) for name in names]
+            seconds = statistics.mean(result.cpu_seconds for result in of_arm)
+            rows.append([arm.name, arm.description, str(len(of_arm)), f"{seconds:.0f}", *estimates])
+    return _table(["arm", "", "seeds", "seconds", *map(_label, names)], rows)
+
+
+def _differences(results: Sequence[Result], stage: Stage) -> str:
+    """Returns each tested arm against those that it has to beat, with p-values corrected over the table."""
+    names = _measured(results)
+    pairs = [(arm, other) for arm in ARMS for other in arm.against]
+    found = {
+        (arm.name, other): [difference(results, stage, arm, BY_NAME[other], name) for name in names]
+        for arm, other in pairs
+    }
+    found = {key: row for key, row in found.items() if any(each is not None for each in row)}
+    tests = [each for row in found.values() for each in row if each is not None]
+    corrected = dict(zip(map(id, tests), holm([each.p_value for each in tests]), strict=True))
+    rows = [
+        [one, other, *(_shown(each, name, corrected) for each, name in zip(row, names, strict=True))]
+        for (one, other), row in found.items()
     ]
-    return ", ".join(f"{statistics.mean(m[name] for m in of_baseline):.1f}" for name in (_FIRST, _LEXICAL))
+    note = "Each cell has the difference [interval], and the p-value of the paired t test, corrected by Holm's method."
+    return f"{_table(['arm', 'against', *map(_label, names)], rows)}\n\n{note}"
 
 
-def _missing(results: Sequence[Result]) -> str:
-    lines = []
-    for arm in study.ARMS:
-        tested = {r.seed for r in results if (r.stage, r.arm) == ("test", arm.name)}
-        if set(study.TEST_SEEDS) - tested:
-            lines.append(f"- {arm.name}: {len(tested)} of {len(study.TEST_SEEDS)} seeds of the test")
-    for factor in (None, *study.FACTORS):
-        variant = factor.name if factor else None
-        done = sum((r.stage, r.variant) == ("factor", variant) and r.arm in study.FACTOR_ARMS for r in results)
-        needed = len(study.FACTOR_SEEDS) * sum(study.is_needed(factor, arm) for arm in study.FACTOR_ARMS)
-        if done < needed:
-            lines.append(f"- {variant or 'nothing changed but the sense weight'}: {done} of {needed} trainings")
-    return "\n".join(lines) or "All trainings of the study were run."
-
-
-def difference(
-    results: Sequence[Result], trained: Trained, name: str, other_trained: Trained, other: str, measure: str
-) -> Difference | None:
-    """Returns the difference of one arm to another over the seeds that both have; None with fewer than two seeds."""
-
-    def by_seed(where: Trained, name: str) -> dict[str, list[float]]:
-        stage, factor = where
-        variant = factor or study.BY_NAME[name].past_variant
-        return {
-            str(r.seed): [r.measures[measure]]
-            for r in results
-            if (r.stage, r.arm, r.variant) == (stage, name, variant) and measure in r.measures
+def difference(results: Sequence[Result], stage: Stage, arm: Arm, other: Arm, measure: str) -> Difference | None:
+    """Returns the difference of two arms over the seeds that both have; None with fewer than two seeds."""
+    first, second = (
+        {
+            str(result.seed): [result.measures[measure]]
+            for result in results
+            if (result.stage, result.arm) == (stage, each.name) and measure in result.measures
         }
-
-    first, second = by_seed(trained, name), by_seed(other_trained, other)
+        for each in (arm, other)
+    )
     seeds = first.keys() & second.keys()
     return on_seeds({seed: first[seed] for seed in seeds}, {seed: second[seed] for seed in seeds})
 
 
+def _values(result: Result, names: Sequence[str]) -> list[str]:
+    return [f"{result.measures[name]:,.{DIGITS[name]}f}" if name in result.measures else "" for name in names]
+
+
 def _estimate(values: Sequence[float], measure: str) -> str:
     estimate, digits = Estimate.of(values), DIGITS[measure]
-    interval = "" if estimate.half_width is None else f" ± {estimate.half_width:.{digits}f}"
-    return f"{estimate.mean:.{digits}f}{interval}"
+    interval = "" if estimate.half_width is None else f" ± {estimate.half_width:,.{digits}f}"
+    return f"{estimate.mean:,.{digits}f}{interval}"
 
 
-def _shown(difference: Difference | None, measure: str, p_value: float | None = None) -> str:
+def _shown(difference: Difference | None, measure: str, corrected: Mapping[int, float]) -> str:
     if difference is None:
         return ""
     digits = DIGITS[measure]
-    value, low, high = (f"{x:+.{digits}f}" for x in (difference.value, difference.low, difference.high))
-    return f"{value} [{low}, {high}]" + ("" if p_value is None else f", p = {p_value:.2g}")
+    value, low, high = (f"{x:+,.{digits}f}" for x in (difference.value, difference.low, difference.high))
+    return f"{value} [{low}, {high}], p = {corrected[id(difference)]:.2g}"
+
+
+def _label(measure: str) -> str:
+    return measure.replace("_", " ")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,39 +11,36 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.quality.study import BY_NAME, CHOSEN_BY, Arm
+from benchmarks.quality.arms import CHOSEN_BY, Arm
+from benchmarks.quality.measures import BY_TEXT
 from dskd.errors import UserError
 
-Stage = Literal["tune", "test", "factor"]
-# Names in the field `arm` of results that are not from a training.
-TEACHER = "teacher"
-STUDENT = "student"  # the untrained student, as it was cut
-CHANCE = "chance"  # the expected scores of guessing
-LETTERS = "letters"  # the scores of the text's letters alone (dskd.evaluation.lexical.surface)
-REFERENCES = (CHANCE, LETTERS, STUDENT, TEACHER)
-_OF_TRAININGS = (CHOSEN_BY, "lexical_perplexity")  # measures that the report needs from every training
+Stage = Literal["look", "tune", "test"]
+TEACHER, UNTRAINED = "teacher", "untrained"  # in the field `arm` of results that are not of a training
 
 
 @dataclass(frozen=True)
 class Result:
     """The result of one training."""
 
+    text: str  # the name of the study's text
     stage: Stage
     arm: str
     seed: int
-    variant: str | None  # the factor that was changed
-    keys: Mapping[str, Any]  # the keys in which it differs from study.yaml and its variant
-    value: float | None  # the value of the key that the arm tunes
+    settings: Mapping[str, Any]  # those that differ from the defaults
+    value: Any  # of the setting that the arm tunes
     measures: Mapping[str, float]
-    shards: str  # digest of the training shards
-    seconds: float
+    steps: int
+    tokens: int
+    positions: int
+    cpu_seconds: float  # of training alone
     date: str
     machine: str
 
     @property
-    def name(self) -> tuple[Any, ...]:
-        """The fields that identify the training."""
-        return self.stage, self.arm, self.seed, self.variant, json.dumps(dict(self.keys), sort_keys=True), self.shards
+    def identity(self) -> tuple[Any, ...]:
+        """What identifies the training."""
+        return self.text, self.stage, self.seed, json.dumps(dict(self.settings), sort_keys=True)
 
 
 def read_results(path: Path) -> list[Result]:
@@ -64,11 +61,10 @@ def read_results(path: Path) -> list[Result]:
     for number, line in enumerate(lines, start=1):
         try:
             result = Result(**json.loads(line))
-            for measure in _OF_TRAININGS if result.arm in BY_NAME else ():
-                if not isinstance(result.measures, dict) or not isinstance(result.measures.get(measure), int | float):
-                    raise ValueError(f"its measures have no {measure}")
+            if missing := [name for name in BY_TEXT if not isinstance(result.measures.get(name), int | float)]:
+                raise ValueError(f"its measures lack {', '.join(missing)}")
             results.append(result)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}:{number}: this is no result of the study ({error}); remove the line") from None
     return results
 
@@ -86,17 +82,17 @@ def append_result(path: Path, result: Result) -> None:
         os.fsync(stream.fileno())
 
 
-def choose(results: Iterable[Result], arm: Arm) -> float | None:
-    """Returns the trial of an arm with the lowest mean perplexity on the validation part.
-
-    Returns None while a trial is missing, and the only value of an arm that is not tuned.
-    """
-    if not arm.is_tuned:
-        return arm.trials[0]
-    by_value: dict[float, list[float]] = {}
-    for result in results:
-        if result.stage == "tune" and result.arm == arm.name and result.value is not None:
-            by_value.setdefault(result.value, []).append(result.measures[CHOSEN_BY])
-    if any(value not in by_value for value in arm.trials):
-        return None
-    return min(arm.trials, key=lambda value: sum(by_value[value]) / len(by_value[value]))
+def choose(results: Iterable[Result], text: str, arm: Arm, chosen: Mapping[str, Any]) -> Any:
+    """Returns the value of an arm with the lowest mean KL on the validation part; None while a trial is missing."""
+    tried = {
+        result.identity[3]: result.measures[CHOSEN_BY]
+        for result in results
+        if (result.text, result.stage) == (text, "tune")
+    }
+    found = {}
+    for value in arm.values(chosen):
+        identity = json.dumps(arm.settings(chosen, value).changes, sort_keys=True)
+        if identity not in tried:
+            return None
+        found[value] = tried[identity]
+    return min(found, key=lambda value: found[value])

@@ -1,33 +1,35 @@
-"""Running the trainings of the study in this process, one after the other, with the functions of `launcher/train.py`.
+"""Which trainings of the study are next, and doing them in this process, one after the other.
 
-They share a process because starting one takes longer than a small training. Finished trainings are skipped. The others
-run in order of importance: tuning and test of all arms, then one factor after the other.
+Finished trainings are skipped, so the same command resumes. Two arms that try the same settings share a training.
 """
 
-import dataclasses
 import datetime
-import shutil
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from benchmarks.quality import study, work
-from benchmarks.quality.judge import Judge
-from benchmarks.quality.results import REFERENCES, STUDENT, TEACHER, Result, Stage, append_result, choose, read_results
-from benchmarks.quality.splits import Split
-from benchmarks.quality.study import Arm
+import torch
+
+from benchmarks.quality.arms import ARMS, BY_NAME, LOOK_SEEDS, TEST_SEEDS, TUNING_SEED, Arm
+from benchmarks.quality.measures import OPPOSITES, describe, measure
+from benchmarks.quality.pairs import Pairs
+from benchmarks.quality.results import TEACHER, UNTRAINED, Result, Stage, append_result, choose, read_results
+from benchmarks.quality.settings import Settings
+from benchmarks.quality.teacher import Student, Teacher, lower_states
+from benchmarks.quality.terms import entropies
+from benchmarks.quality.text import Words, load_text, parts_of, work_folder
+from benchmarks.quality.training import Cost, Material, train
 from benchmarks.report import machine
-from dskd import shards
-from dskd.artifacts import kinds
 from dskd.artifacts.lock import lock_if_free
+from dskd.config import Config
 from dskd.console import say
-from dskd.distributed.world import World
-from dskd.training.exporting.export import build_export
-from dskd.training.train import train
+from dskd.errors import UserError
+from dskd.senses.dictionary import load_dictionary, map_vectors
 
 _WAIT_S = 5.0  # between two checks of other processes' trainings, on which more trainings may depend
+_STARTS_TUNED = "kd"  # the arms before it tune the optimizer and are needed in this order
 
 
 @dataclass(frozen=True)
@@ -37,87 +39,128 @@ class Training:
     stage: Stage
     arm: Arm
     seed: int
-    value: float
-    variant: str | None
-    keys: Mapping[str, Any]
-
-    @property
-    def run(self) -> str:
-        """Name of the run, which its checkpoints and its export have."""
-        name = f"{self.stage}-{self.arm.name}-{self.seed}"
-        return f"{name}-{self.value:g}" if self.stage == "tune" else name
+    value: object
+    settings: Settings
 
 
-def planned_trainings(results: list[Result], stages: tuple[Stage, ...]) -> Iterator[Training]:
-    """Yields the trainings of the study in order; those that depend on a tuned value come once it is chosen."""
-    chosen: dict[str, float] = {}
-    arms = [arm for arm in study.ARMS if arm.past_variant is None]
-    for arm in arms:
-        if arm.based_on is not None and arm.based_on not in chosen:
+def planned_trainings(
+    results: Sequence[Result], text: str, names: Sequence[str], seeds: Sequence[int] = TEST_SEEDS
+) -> Iterator[Training]:
+    """Yields the trainings in order; those that depend on a value that is not chosen yet are left out.
+
+    Args:
+        results: the results so far.
+        text: the name of the text.
+        names: the arms to train, with those that they build on; empty for all.
+        seeds: of the test; none for tuning alone.
+    """
+    wanted = _with_bases(names)
+    chosen: dict[str, object] = {}
+    ready: list[Arm] = []
+    for arm in ARMS:
+        if arm.name not in wanted or (arm.based_on is not None and arm.based_on not in {each.name for each in ready}):
             continue
-        keys = study.keys_of(arm, chosen)
-        for value in (*(arm.trials if arm.is_tuned else ()), *arm.extra_values) if "tune" in stages else ():
-            for seed in study.TUNING_SEEDS:
-                yield Training("tune", arm, seed, value, None, keys | {arm.tuned_key: value})
-        best = choose(results, arm)
-        if best is not None:
+        for value in arm.values(chosen):
+            yield Training("tune", arm, TUNING_SEED, value, arm.settings(chosen, value))
+        best = choose(results, text, arm, chosen)
+        if arm.tuned is None or best is not None:
             chosen[arm.name] = best
-    ready = [arm for arm in arms if arm.name in chosen]
-    for seed in (
-        study.TEST_SEEDS if "test" in stages else ()
-    ):  # seed by seed, so that an early end leaves complete pairs
+            ready.append(arm)
+    for seed in seeds:  # seed by seed, so that an early end leaves complete pairs
         for arm in ready:
-            yield _with_choice("test", arm, seed, None, chosen)
-    for factor in (None, *study.FACTORS) if "factor" in stages else ():
-        for seed in study.FACTOR_SEEDS:
-            for arm in ready:
-                if study.is_needed(factor, arm.name):
-                    weight = (
-                        chosen if arm.name == study.FACTOR_BASELINE else chosen | {arm.name: study.FACTOR_SENSE_WEIGHT}
-                    )
-                    yield _with_choice("factor", arm, seed, factor.name if factor else None, weight)
+            if arm.tested:
+                value = chosen[arm.name]
+                yield Training("test", arm, seed, value, arm.settings(chosen, value))
 
 
-def _with_choice(stage: Stage, arm: Arm, seed: int, variant: str | None, chosen: Mapping[str, float]) -> Training:
-    value = chosen[arm.name]
-    return Training(stage, arm, seed, value, variant, study.keys_of(arm, chosen) | {arm.tuned_key: value})
+def planned_looks(names: Sequence[str]) -> Iterator[Training]:
+    """Yields the looks at arms, seed by seed; without `names` at all that change layers or loss."""
+    for seed in LOOK_SEEDS:
+        for arm in ARMS:
+            if arm.name in names or (not names and (arm.tested or arm.tuned is None)):
+                yield Training("look", arm, seed, arm.look, arm.look_settings())
+
+
+def _with_bases(names: Sequence[str]) -> set[str]:
+    wanted: set[str] = set()
+    for name in names or BY_NAME:
+        arm: Arm | None = BY_NAME[name]
+        while arm is not None:
+            wanted.add(arm.name)
+            arm = None if arm.based_on is None else BY_NAME[arm.based_on]
+    return wanted
+
+
+def require_arms(names: Sequence[str]) -> None:
+    """Checks that there are arms with these names.
+
+    Raises:
+        UserError: when there is one without.
+    """
+    if unknown := [name for name in names if name not in BY_NAME]:
+        raise UserError(f"--arms: there is no {unknown[0]!r}; the arms are {', '.join(BY_NAME)}")
 
 
 class Runner:
-    """A runner that does the trainings and saves their results.
+    """A runner that does the trainings on one text and saves their results."""
 
-    Args:
-        folder: folder of the work directories.
-        path: the results file.
-        world: the ranks, which must be one.
-        base: the config that all trainings share.
-    """
+    def __init__(self, config: Config, name: str, path: Path, pairs: Sequence[Path]) -> None:
+        """Loads the teacher and the text.
 
-    def __init__(self, folder: Path, path: Path, world: World, base: Path = study.BASE) -> None:
-        self.results = read_results(path)
-        self._folder, self._path, self._world, self._base = folder, path, world, base
-        self._judges: dict[tuple[str | None, Split], Judge] = {}
-        self._digests: dict[str | None, str] = {}
+        Args:
+            config: the study's config, whose shards exist.
+            name: the name of the text in the results.
+            path: the results file.
+            pairs: files of synonyms and antonyms; none to leave that measure out.
+        """
+        self._config, self._name, self._path = config, name, path
+        self._teacher = Teacher.load(config)
+        self._text, self._held_out = (load_text(config, split, self._teacher) for split in ("train", "validation"))
+        self._parts = parts_of(self._held_out)
+        dictionary, _ = load_dictionary(config)
+        self._words = Words.of(dictionary, self._teacher, self._text)
+        vectors = torch.from_numpy(map_vectors(dictionary.path).copy()).view(torch.bfloat16)
+        self._material = Material(
+            self._text, self._text.trunk_states, self._words, self._entropy(), dictionary, vectors
+        )
+        self._pairs = Pairs.read(pairs, self._teacher) if pairs else None
+        self._cut: tuple[int, ...] = ()
+        self._lower: dict[str, torch.Tensor] = {}
 
-    def run(self, stages: tuple[Stage, ...], budget_s: float) -> bool:
+    def run(self, names: Sequence[str], seeds: Sequence[int], budget_s: float, *, looks: bool = False) -> bool:
         """Does all trainings that are not done yet; returns False if the time is over first.
 
-        Several processes can do this at once: each takes a training that no other process is doing, and ends when no
-        training is left or in progress.
+        Several processes can do this at once: each takes a training that no other process is doing.
+
+        Args:
+            names: the arms, empty for all.
+            seeds: of the test; none for tuning alone.
+            budget_s: no training starts after so many seconds.
+            looks: do the looks instead.
         """
+        require_arms(names)
         started = time.monotonic()
+        self._keep_references()
         while True:
-            self.results = read_results(self._path)
             is_busy = False
-            for training in planned_trainings(self.results, stages):
-                if self.is_done(training):
+            results = read_results(self._path)
+            done = {result.identity for result in results}
+            planned = planned_looks(names) if looks else planned_trainings(results, self._name, names, seeds)
+            for training in planned:
+                empty = self._result(training, Cost(0, 0, 0, 0.0), {})
+                if empty.identity in done:
                     continue
                 if time.monotonic() - started > budget_s:
                     say("the time is over; the same command continues from here")
                     return False
-                with lock_if_free(self._folder / f".{training.run}-{training.variant}.lock") as is_ours:
-                    if is_ours and not self.is_done(training, reread=True):
-                        self.run_training(training)
+                lock = (
+                    work_folder(self._config)
+                    / f".{training.stage}-{training.arm.name}-{training.value}-{training.seed}.lock"
+                )
+                with lock_if_free(lock) as is_ours:
+                    done = {result.identity for result in read_results(self._path)}
+                    if is_ours and empty.identity not in done:
+                        self._train(training)
                         break  # start over: the result may make other trainings possible
                     is_busy = is_busy or not is_ours
             else:
@@ -125,83 +168,97 @@ class Runner:
                     return True
                 time.sleep(_WAIT_S)
 
-    def is_done(self, training: Training, *, reread: bool = False) -> bool:
-        """Returns True if there is a result of this training on these shards.
-
-        With `reread`, first reads the file again, to which other processes write, too.
-        """
-        if reread:
-            self.results = read_results(self._path)
-        return self._result(training, {}, 0.0).name in {result.name for result in self.results}
-
-    def run_training(self, training: Training) -> Result:
-        """Trains, exports and measures; saves and returns the result."""
-        config = work.load_variant(
-            self._folder,
-            training.variant,
-            {"run": training.run, "seed": training.seed} | dict(training.keys),
-            self._base,
+    def _train(self, training: Training) -> None:
+        student = Student(self._teacher, training.settings)
+        states = self._lower_states(student, "text")
+        cost = train(student, replace(self._material, states=states), training.settings, training.seed)
+        result = self._result(training, cost, self._measure(student, training.stage))
+        append_result(self._path, result)
+        value = "" if training.arm.tuned is None else f" {training.arm.tuned} {training.value}"
+        say(
+            f"{training.stage} {training.arm.name}{value}, seed {training.seed}: {describe(result.measures)}; "
+            f"{cost.steps} steps, {cost.cpu_seconds:.0f} s of CPU"
         )
-        # The teacher's own measures are saved before the student's: they show how much there is to transfer.
-        split: Split = "validation" if training.stage == "tune" else "test"
-        judge = self._judge(training, split)
-        began = time.monotonic()
-        train(config, self._world, overwrite=True)
-        build_export(config)
-        shutil.rmtree(kinds.checkpoint_folder(config))
-        result = self._result(training, judge.measure_run(config), time.monotonic() - began)
-        if training.stage == "tune":  # students of the tuning are not needed again
-            shutil.rmtree(config.path(kinds.EXPORT.folder, training.run))
-        self._keep(result)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in result.measures.items())
-        say(f"{training.run}{f' ({training.variant})' if training.variant else ''}: {shown}; {result.seconds:.0f} s")
-        return result
 
-    def _judge(self, training: Training, split: Split) -> Judge:
-        variant = training.variant
-        if (variant, split) not in self._judges:
-            shared = work.load_variant(self._folder, variant, {"run": training.run}, self._base)
-            judge = self._judges[variant, split] = Judge(shared, split, self._world)
-            if split == "test":
-                self._keep_references(judge, variant)
-        return self._judges[variant, split]
+    def _measure(self, student: Student, stage: Stage) -> dict[str, float]:
+        at = self._parts["test" if stage == "test" else "validation"]
+        held_out = self._lower_states(student, "held-out")
+        student.eval()
+        with torch.no_grad():
+            states = torch.cat(
+                [
+                    student(held_out[part], self._held_out.position_ids[part], self._held_out.attention_mask(part))
+                    for part in at.split(8)
+                ]
+            )
+        matrix = self._teacher.output_matrix
+        found = measure(states, student.output_matrix.detach(), matrix, self._held_out, at, self._words)
+        if self._pairs is not None:
+            found[OPPOSITES] = self._pairs.area(student, self._lower_states(student, "pairs"))
+        return found
 
-    def _keep_references(self, judge: Judge, variant: str | None) -> None:
-        stage: Stage = "test" if variant is None else "factor"
-        done = {result.name for result in read_results(self._path)}
-        for name in (TEACHER,) if variant is not None else REFERENCES:
-            empty = Result(stage, name, 0, variant, {}, None, {}, self._digest(variant), 0.0, *_where_and_when())
-            if empty.name not in done:
-                measures = judge.measure_student() if name == STUDENT else judge.references[name]
-                self._keep(dataclasses.replace(empty, measures=measures))
+    def _lower_states(self, student: Student, of: Literal["text", "held-out", "pairs"]) -> torch.Tensor:
+        """Returns the states that enter the student's upper layers, of one cut at a time because they are large."""
+        if self._cut != student.frozen:
+            self._cut, self._lower = student.frozen, {}
+        if of not in self._lower:
+            if of == "pairs":
+                assert self._pairs is not None
+                self._lower[of] = self._pairs.lower_states(self._teacher, student.frozen)
+            else:
+                text = self._text if of == "text" else self._held_out
+                self._lower[of] = lower_states(self._teacher, student.frozen, text, work_folder(self._config))
+        return self._lower[of]
 
-    def _digest(self, variant: str | None) -> str:
-        if variant not in self._digests:
-            work.prepare(self._folder, variant, self._base)
-            config = work.load_variant(self._folder, variant, {}, self._base)
-            self._digests[variant] = shards.load_manifest(config, "train").digest
-        return self._digests[variant]
+    def _keep_references(self) -> None:
+        """Saves the measures of the teacher and of the untrained student, once."""
+        done = {(result.text, result.arm, result.stage) for result in read_results(self._path)}
+        everything = Settings(layers=self._teacher.num_layers, train_layers=2)
+        for name, settings in ((TEACHER, everything), (UNTRAINED, Settings())):
+            for stage in ("tune", "test"):
+                if (self._name, name, stage) not in done:
+                    student = Student(self._teacher, settings)
+                    result = self._result(
+                        Training(stage, Arm(name, ""), 0, None, settings),
+                        Cost(0, 0, 0, 0.0),
+                        self._measure(student, stage),
+                    )
+                    append_result(self._path, result)
+                    say(f"{name}, {stage}: {describe(result.measures)}")
 
-    def _result(self, training: Training, measures: Mapping[str, float], seconds: float) -> Result:
+    def _entropy(self) -> torch.Tensor:
+        """Returns the teacher's entropy [S, T] on the text, computed once."""
+        from safetensors.torch import load_file, save_file
+
+        file = work_folder(self._config) / f"entropy-{self._text.name[:16]}.safetensors"
+        if not file.is_file():
+            found = torch.zeros(self._text.input_ids.shape)
+            found[self._text.loss_mask] = entropies(
+                self._text.teacher_states[self._text.loss_mask], self._teacher.output_matrix
+            )
+            partial = file.with_suffix(".partial")
+            save_file({"entropy": found}, partial)
+            partial.rename(file)
+        return load_file(file)["entropy"]
+
+    def _result(self, training: Training, cost: Cost, measures: dict[str, float]) -> Result:
         return Result(
+            self._name,
             training.stage,
             training.arm.name,
             training.seed,
-            training.variant,
-            dict(training.keys),
+            training.settings.changes,
             training.value,
             measures,
-            self._digest(training.variant),
-            round(seconds, 1),
-            *_where_and_when(),
+            cost.steps,
+            cost.tokens,
+            cost.positions,
+            round(cost.cpu_seconds, 1),
+            datetime.date.today().isoformat(),
+            _where(),
         )
 
-    def _keep(self, result: Result) -> None:
-        append_result(self._path, result)
-        self.results = read_results(self._path)
 
-
-def _where_and_when() -> tuple[str, str]:
-    here = machine()
-    words = f"{here['device']}, {here['cores']} cores, {here['memory_gb']} GB, torch {here['torch']}"
-    return datetime.date.today().isoformat(), words
+def _where() -> str:
+    found = machine()
+    return f"{found['device']}, {found['threads']} of {found['cores']} cores, torch {found['torch']}"

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from dskd.errors import UserError
 
-_DPI = 150
+DPI = 150
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)  # EDQUOT: a quota is exhausted
 _FULL_BYTES = 2**20  # a disk counts as full if it cannot take this many more bytes
@@ -191,7 +191,7 @@ def save_figure(figure: object, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced_file(path) as new:
-            figure.savefig(new, dpi=_DPI, format="png")  # type: ignore[attr-defined]
+            figure.savefig(new, dpi=DPI, format="png")  # type: ignore[attr-defined]
     except OSError as error:
         if error.errno in DISK_IS_FULL:
             raise

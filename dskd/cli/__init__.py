@@ -1,4 +1,5 @@
-"""The command line: one module per verb of `dskd`, with its parser and its run function.
+"""The command line: a module for each verb of `dskd`, with its parser and its run function, and three that are no verbs
+(`program`, `launching` and `results`).
 
 program    shared by all programs: arguments, overrides, ranks, exit codes
 launching  starts a program of `launcher/` on all ranks

@@ -5,15 +5,15 @@ import argparse
 from dskd.cli.program import add_config_arguments, add_verb
 from dskd.config.reading import load_config
 
-_HELP = "make WORKDIR/export/RUN, a Hugging Face model, from the newest checkpoint of a run"
-_EXAMPLES = """examples:
+HELP = "make WORKDIR/export/RUN, a Hugging Face model, from the newest checkpoint of a run"
+EPILOG = """examples:
   dskd export --config configs/quickstart.yaml
   dskd export --config FILE run=kd"""
 
 
 def add_parser(verbs: argparse._SubParsersAction) -> None:
     """Adds the parser of `export`."""
-    add_config_arguments(add_verb(verbs, "export", run_export, text=_HELP, epilog=_EXAMPLES))
+    add_config_arguments(add_verb(verbs, "export", run_export, text=HELP, epilog=EPILOG))
 
 
 def run_export(args: argparse.Namespace) -> None:

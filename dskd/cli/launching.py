@@ -15,7 +15,7 @@ from dskd.console import say
 from dskd.distributed import stopping
 from dskd.distributed.rendezvous import free_port
 from dskd.distributed.world import uses_gpu
-from dskd.errors import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, UserError
+from dskd.errors import FAULT_EXIT_CODE, STOPPED_EXIT_CODE, USER_ERROR_EXIT_CODE, UserError
 
 LAUNCHERS = Path(__file__).resolve().parent.parent.parent / "launcher"
 
@@ -28,7 +28,7 @@ class StageFailedError(Exception):
 
     def __init__(self, message: str, exit_code: int = FAULT_EXIT_CODE) -> None:
         super().__init__(message)
-        is_kept = exit_code in (USER_ERROR_EXIT_CODE, stopping.STOPPED_EXIT_CODE)
+        is_kept = exit_code in (USER_ERROR_EXIT_CODE, STOPPED_EXIT_CODE)
         self.exit_code = exit_code if is_kept else FAULT_EXIT_CODE
 
 

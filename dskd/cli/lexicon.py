@@ -5,15 +5,15 @@ import argparse
 from dskd.cli.program import add_config_arguments, add_verb
 from dskd.config.reading import load_config
 
-_HELP = "read synonyms and antonyms, and write WORKDIR/lexicon/relations.parquet"
-_EXAMPLES = """examples:
+HELP = "read synonyms and antonyms, and write WORKDIR/lexicon/relations.parquet"
+EPILOG = """examples:
   dskd lexicon --config configs/quickstart.yaml
   dskd lexicon --config FILE 'lexicon.tsv=[pairs.tsv]' lexicon.indirect_antonyms=true"""
 
 
 def add_parser(verbs: argparse._SubParsersAction) -> None:
     """Adds the parser of `lexicon`."""
-    add_config_arguments(add_verb(verbs, "lexicon", run_lexicon, text=_HELP, epilog=_EXAMPLES))
+    add_config_arguments(add_verb(verbs, "lexicon", run_lexicon, text=HELP, epilog=EPILOG))
 
 
 def run_lexicon(args: argparse.Namespace) -> None:

@@ -10,11 +10,11 @@ from dskd.cli.program import add_config_arguments, add_verb, whole_number
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.console import say
+from dskd.errors import UNFIT_EXIT_CODE
 from dskd.plan import GB
 from dskd.plan.cluster import BANDWIDTH, DISK_BANDWIDTH, HOST_BANDWIDTH, MEMORY_BANDWIDTH, TFLOPS, Cluster
 from dskd.plan.known_models import KNOWN_MODELS
 
-UNFIT_EXIT_CODE = 3
 HELP = "predict what a job needs: memory, time and disk; exit code 3 if it will not fit"
 DESCRIPTION = """
 Predicts what training needs on the given machines: memory of each GPU and host, tokens/s, hours, and disk. It reads

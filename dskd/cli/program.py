@@ -23,9 +23,17 @@ from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.console import allow_any_text, say
 from dskd.distributed.shared_memory import describe_shortage
-from dskd.distributed.stopping import STOPPED_EXIT_CODE, Stopped, StopRequest, deferred, ignore, listen
+from dskd.distributed.stopping import Stopped, StopRequest, deferred, ignore, listen
 from dskd.distributed.world import World, current_rank, is_main_process
-from dskd.errors import FAULT_EXIT_CODE, USER_ERROR_EXIT_CODE, LostPeerError, UserError, first_line
+from dskd.errors import (
+    FAULT_EXIT_CODE,
+    INTERRUPTED_EXIT_CODE,
+    STOPPED_EXIT_CODE,
+    USER_ERROR_EXIT_CODE,
+    LostPeerError,
+    UserError,
+    first_line,
+)
 
 _RANK_0_SPEAKS_FIRST_S = 8.0  # on a busy machine the launcher takes seconds to end the other ranks
 _OVERRIDES_HELP = (
@@ -108,7 +116,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
     def parse_number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a number, {least} or more, found {text!r}")
+            raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more, found {text!r}")
         return int(text)
 
     return parse_number
@@ -165,7 +173,7 @@ def run(action: Callable[[], int | None]) -> int:
         return STOPPED_EXIT_CODE
     except KeyboardInterrupt:
         say("interrupted; completed files are kept")
-        return 130
+        return INTERRUPTED_EXIT_CODE
 
 
 def _print_error(error: object, start: str = "") -> None:

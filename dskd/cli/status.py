@@ -4,8 +4,8 @@ import argparse
 
 from dskd.cli.program import add_config_arguments, add_verb
 from dskd.config.reading import load_config
+from dskd.errors import UNFINISHED_EXIT_CODE
 
-UNFINISHED_EXIT_CODE = 3
 HELP = "print how far a run is trained; exit code 0 if it is finished, 3 if not"
 EPILOG = """
 examples:

@@ -5,12 +5,12 @@ import argparse
 from dskd.cli.program import add_config_arguments, add_verb
 from dskd.config.reading import load_config
 
-_HELP = "make the student (cut from the teacher, a copy of another model, or a new one), and write WORKDIR/student"
-_EXPLAIN_HELP = (
+HELP = "make the student (cut from the teacher, a copy of another model, or a new one), and write WORKDIR/student"
+EXPLAIN_HELP = (
     "cut nothing; measure the teacher's layers on training sequences, and show which layers each spacing keeps, as a "
     "table and as WORKDIR/plots/layers.png"
 )
-_EXAMPLES = """examples:
+EPILOG = """examples:
   dskd student --config configs/quickstart.yaml
   dskd student --config FILE 'student.layers=[0, 2, 4]' student.train_layers=1
   dskd student --config FILE --explain student.spacing=importance"""
@@ -18,9 +18,9 @@ _EXAMPLES = """examples:
 
 def add_parser(verbs: argparse._SubParsersAction) -> None:
     """Adds the parser of `student`."""
-    parser = add_verb(verbs, "student", run_student, text=_HELP, epilog=_EXAMPLES)
+    parser = add_verb(verbs, "student", run_student, text=HELP, epilog=EPILOG)
     add_config_arguments(parser)
-    parser.add_argument("--explain", action="store_true", help=_EXPLAIN_HELP)
+    parser.add_argument("--explain", action="store_true", help=EXPLAIN_HELP)
 
 
 def run_student(args: argparse.Namespace) -> None:

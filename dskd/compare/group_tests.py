@@ -9,11 +9,9 @@ import numpy as np
 from dskd.artifacts import kinds
 from dskd.compare.groups import Group
 from dskd.compare.metrics import EVALUATED
-from dskd.compare.statistics import Difference, holm, on_seeds, paired_on_examples
+from dskd.compare.statistics import LEVEL, Difference, holm, on_seeds, paired_on_examples
 from dskd.errors import UserError
 from dskd.evaluation.scores_by_example import Examples, Measure
-
-_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Test:
     @property
     def is_better(self) -> bool | None:
         """True if the group is better than the baseline, False if it is worse, None if the test shows neither."""
-        if not self.corrected_p < _LEVEL:
+        if not self.corrected_p < LEVEL:
             return None
         return (self.difference.value < 0) == self.measure.lower_is_better
 

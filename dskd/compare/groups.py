@@ -11,7 +11,7 @@ from dskd.tracking import TrackedRun
 
 # Tags with the digests of a run's inputs. They tell groups apart whose settings are the same.
 INPUT_TAGS = ("dataset", "teacher", "student", "sense_dictionary")
-_SHOWN_DIGITS = 12
+SHOWN_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def config_differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
 
 def _digest_shown(group: Group, tag: str) -> str:
     digests = {run.tags.get(tag, "-") for run in group.runs}
-    return digests.pop()[:_SHOWN_DIGITS] if len(digests) == 1 else f"{len(digests)} different"
+    return digests.pop()[:SHOWN_DIGITS] if len(digests) == 1 else f"{len(digests)} different"
 
 
 def _common_name(names: Sequence[str]) -> str:

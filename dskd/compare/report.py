@@ -16,16 +16,16 @@ from jinja2 import Environment, StrictUndefined
 from dskd.artifacts.files import write_text
 from dskd.compare import tables, wording
 from dskd.compare.comparison import Comparison
-from dskd.compare.groups import INPUT_TAGS
+from dskd.compare.groups import INPUT_TAGS, SHOWN_DIGITS
 from dskd.compare.mlflow_link import mlflow_link
 from dskd.compare.pictures import bars_svg, curves_svg, differences_svg, paint, slug
+from dskd.compare.statistics import INTERVAL
 from dskd.compare.tables import Row, Table
 from dskd.errors import UserError
 from dskd.tracking import git_commit
 
 TEMPLATE = "report.html.jinja"
 _PACKAGES = ("dskd", "mlflow", "matplotlib", "scipy")
-_SHOWN_DIGITS = 12
 
 
 def write_report(comparison: Comparison, path: Path) -> None:
@@ -58,6 +58,7 @@ def render_report(comparison: Comparison) -> str:
     return template.render(
         title=f"Comparison: {', '.join(experiments) or comparison.config.tracking.experiment}",
         version=metadata.version("dskd"),
+        interval=INTERVAL,
         lead=_lead(comparison),
         facts=_facts(comparison),
         link=mlflow_link(comparison.config, comparison.runs) if comparison.runs else None,
@@ -177,8 +178,8 @@ def _runs(comparison: Comparison) -> Table:
                 f"{datetime.datetime.fromtimestamp(run.start_time_s, datetime.UTC):%Y-%m-%d %H:%M}",
                 f"{run.tags.get('world_size', '-')} {run.tags.get('device', '')}".strip(),
                 run.run_id,
-                run.tags.get("evaluation_data", "-")[:_SHOWN_DIGITS],
-                run.tags.get("git_commit", "-")[:_SHOWN_DIGITS],
+                run.tags.get("evaluation_data", "-")[:SHOWN_DIGITS],
+                run.tags.get("git_commit", "-")[:SHOWN_DIGITS],
             ]
             rows.append(Row(cells, group=group))
     return Table(header, rows)

@@ -14,7 +14,9 @@ from scipy import stats
 
 from dskd.evaluation.scores_by_example import standard_error
 
-CONFIDENCE = 0.95
+LEVEL = 0.05  # of significance
+CONFIDENCE = 1 - LEVEL
+INTERVAL = f"{100 * CONFIDENCE:.0f} % interval"  # in tables and notes
 PAIRED, WELCH = "paired t", "Welch's t"
 
 

@@ -8,6 +8,7 @@ from dskd.compare.comparison import Comparison
 from dskd.compare.group_tests import Test
 from dskd.compare.groups import Group
 from dskd.compare.metrics import COVERAGE, EVALUATED, SPEEDS, TRAINED
+from dskd.compare.statistics import INTERVAL
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def measures_table(comparison: Comparison, title: str) -> Table:
 
 def tests_table(tests: Sequence[Test]) -> Table:
     """Returns the tests of groups against the baseline."""
-    header = ["group", "measure", "difference", "95 % interval", "perplexity", "p", "p (Holm)", "test", "n", "verdict"]
+    header = ["group", "measure", "difference", INTERVAL, "perplexity", "p", "p (Holm)", "test", "n", "verdict"]
     rows = [
         Row(
             [

@@ -10,6 +10,7 @@ from dskd.compare.continuations import Continuations
 from dskd.compare.group_tests import Test
 from dskd.compare.mlflow_link import mlflow_link
 from dskd.compare.pictures import draw_curves
+from dskd.compare.statistics import INTERVAL
 from dskd.config import Config
 from dskd.console import table
 from dskd.errors import UserError
@@ -75,7 +76,7 @@ def _tests(tests: Sequence[Test]) -> str:
     for row in tables.tests_table(tests).rows:
         group, measure, difference, interval, factor, _, corrected_p, test, count, verdict = row.cells
         rows.append([group, measure, difference, interval, factor, corrected_p, verdict, f"{test}, n = {count}"])
-    header = ["group", "measure", "difference", "95 % interval", "perplexity", "p (Holm)", "", "test"]
+    header = ["group", "measure", "difference", INTERVAL, "perplexity", "p (Holm)", "", "test"]
     return table(header, rows, left=2)
 
 

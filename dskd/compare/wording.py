@@ -9,7 +9,7 @@ from dskd.compare.continuations import Continuations
 from dskd.compare.group_tests import Test
 from dskd.compare.groups import Group
 from dskd.compare.metrics import COST, COVERAGE, EVALUATED, TRAINED, Best
-from dskd.compare.statistics import Estimate
+from dskd.compare.statistics import INTERVAL, Estimate
 from dskd.evaluation.models import LABELS
 from dskd.evaluation.scores_by_example import Measure
 from dskd.losses import terms
@@ -152,7 +152,7 @@ def method_notes(comparison: Comparison) -> list[str]:
     notes = []
     single = [group.name for group in comparison.groups if len(group.runs) == 1]
     if len(single) < len(comparison.groups):
-        notes.append("± is half of the 95 % interval of the mean over seeds, by Student's t")
+        notes.append(f"± is half of the {INTERVAL} of the mean over seeds, by Student's t")
     if single:
         notes.append(f"1 seed, so no interval: {', '.join(single)}")
     if comparison.example_tests:

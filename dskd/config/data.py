@@ -32,7 +32,7 @@ SERVER_KEY_VARIABLE = "DSKD_SERVER_KEY"
 def _url_of_server(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url!r} is no URL of a server: expected http://HOST:PORT or https://HOST/PATH")
+        raise ValueError(f"{url!r} is not a server URL: expected http://HOST:PORT or https://HOST/PATH")
     if "@" in parts.netloc:
         raise ValueError(
             f"the URL has a user or a password, which manifests and logs would show; write it without, and set the key "

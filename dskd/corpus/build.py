@@ -58,7 +58,7 @@ def recipe(config: Config) -> Recipe:
     elif corpus.source == "teacher":
         inputs = {
             "wordnet": open_wordnet(config.wordnet.path).digest,  # its morphology finds a text's word
-            "written": read_manifest(config.path(kinds.WRITTEN.folder), "written").digest,
+            "written": read_manifest(config.path(kinds.WRITTEN.folder), kinds.WRITTEN.name).digest,
         }
     elif corpus.dataset is not None:
         inputs = hub.fingerprint(corpus)
@@ -70,7 +70,7 @@ def recipe(config: Config) -> Recipe:
         inputs |= chats.fingerprint(config)
     else:
         del settings["loss_on"]  # so that a corpus written before chats could be read stays up to date
-    return Recipe("corpus", inputs, settings)
+    return Recipe(kinds.CORPUS.name, inputs, settings)
 
 
 def build_corpus(config: Config) -> None:

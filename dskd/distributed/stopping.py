@@ -10,7 +10,6 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: running the same command again continues
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

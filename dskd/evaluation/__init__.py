@@ -1,6 +1,7 @@
 """Evaluations of the teacher, the untrained student and trained runs.
 
-table              all evaluations: what starts each, and its names, folders and commands
+table              all evaluations, with their names, folders and commands
+programs           what the options of `launcher/evaluate.py` run
 suite              the steps that all evaluations share
 models             the models that are evaluated
 scores_by_example  the file of each example's scores

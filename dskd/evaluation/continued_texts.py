@@ -201,7 +201,7 @@ def parse_continuations(content: bytes) -> ContinuationTable:
         prompts = columns.pop(_PROMPT, ())
         of = {name: dict(zip(prompts, texts, strict=True)) for name, texts in columns.items()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"this is no table of continuations ({error!r})") from None
+        raise ValueError(f"this is not a table of continuations ({error!r})") from None
     of_texts = of.pop(_TEXT, {})
     return ContinuationTable(of, of_texts)
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Recipe
 from dskd.config import Config
 from dskd.console import progress_bar, say, table
@@ -65,7 +66,7 @@ def recipe(config: Config, candidate: Candidate, task: Task, prompter: Prompter)
     if ends := ends_of_answers_only(candidate.folder):
         settings["answer_ends"] = ends
     inputs = {"model": candidate.folder.digest, "questions": task.digest}
-    return Recipe("task", inputs, settings, tokenizer=candidate.folder.tokenizer_digest)
+    return Recipe(kinds.TASK.name, inputs, settings, tokenizer=candidate.folder.tokenizer_digest)
 
 
 def _measurements(

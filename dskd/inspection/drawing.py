@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
-from dskd.artifacts.files import save_figure
+from dskd.artifacts.files import DPI, save_figure
 from dskd.inspection.labels import place_labels
 
-_DPI = 150
 _AREAS = {"word": (60.0, 420.0), "synonym": (22.0, 150.0), "antonym": (22.0, 150.0)}  # points², fewest to most states
 _LABEL_SIZES = {"word": 13, "synonym": 8, "antonym": 8}
 _MARKERS = {"word": "o", "synonym": "o", "antonym": "v"}
@@ -22,7 +21,7 @@ _FAR = 30.0  # a label more pixels than this away from its point gets a line to 
 
 def draw_picture(picture: "Picture", path: Path) -> int:
     """Writes the picture, and returns the number of labels left out for lack of room."""
-    figure = Figure(figsize=(10.5, 7.5), dpi=_DPI)
+    figure = Figure(figsize=(10.5, 7.5), dpi=DPI)
     axes = figure.subplots()
     colors = [f"C{index % 10}" for index in range(len(picture.words))]
     for entry in sorted(picture.entries, key=lambda entry: entry.kind == "word"):  # the words on top
@@ -60,7 +59,7 @@ def _areas(picture: "Picture", entry: "DrawnEntry") -> np.ndarray:
 
 def _radii(areas: np.ndarray) -> np.ndarray:
     """Returns the radii in pixels of markers with these areas in points²."""
-    return np.sqrt(areas / np.pi) * _DPI / 72
+    return np.sqrt(areas / np.pi) * DPI / 72
 
 
 def _add_legend(axes: Any, picture: "Picture", colors: list[str]) -> None:

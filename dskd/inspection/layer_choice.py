@@ -106,7 +106,7 @@ def draw_layers(importance: Importance, choices: Mapping[str, Sequence[int]], pa
     figure = Figure(figsize=(max(6.4, 0.28 * count + 1.6), 5.2))
     angles, layers = figure.subplots(2, 1, sharex=True, height_ratios=(3, 0.35 * len(choices) + 0.4))
     angles.bar(range(count), importance.layers, color=_BAR, width=0.8, label="the layer alone")
-    # At the middle of a block, so that a point stands above the layers that it is about.
+    # At the middle of a block, so that a point is drawn above the layers that it is about.
     middles = [start + (size - 1) / 2 for start in range(len(importance.blocks))]
     if size > 1:
         angles.plot(

@@ -134,7 +134,7 @@ def _coverage(config: Config, teacher: Teacher, lexicon: Manifest, pairs: int, n
 def _written_texts(config: Config) -> WrittenTexts | None:
     if config.corpus.source != "teacher":
         return None
-    written = read_manifest(config.path(kinds.WRITTEN.folder), "written")
+    written = read_manifest(config.path(kinds.WRITTEN.folder), kinds.WRITTEN.name)
     corpus = read_manifest(config.path(kinds.CORPUS.folder), kinds.CORPUS.name)
     if "senses" not in corpus.facts:
         raise UserError(

@@ -52,7 +52,7 @@ def recipe(config: Config) -> Recipe:
         for code in lexicon.languages:
             if code != ENGLISH:
                 inputs[f"wordnet:{code}"] = hashlib.sha256(find_language(code)[1]).hexdigest()
-    return Recipe("lexicon", inputs, lexicon.as_dict())
+    return Recipe(kinds.LEXICON.name, inputs, lexicon.as_dict())
 
 
 def build_lexicon(config: Config) -> None:

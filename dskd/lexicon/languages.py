@@ -16,7 +16,7 @@ from pathlib import Path
 from dskd.artifacts.pointers import refuse_pointer_beginning
 from dskd.errors import UserError
 from dskd.lexicon.reading import Report
-from dskd.lexicon.wordnet import WordNet
+from dskd.lexicon.wordnet import PARTS_OF_SPEECH, WordNet
 
 # nltk's packages of Open Multilingual WordNet, newest first, and the version of the WordNet whose synsets they name.
 OMW_PACKAGES = ("omw-2.0", "omw-1.4")
@@ -25,7 +25,6 @@ _OMW_SYNSET = re.compile(r"[0-9]{8}-[nvars]")
 # The largest share of a language's lines, for each part of speech, whose synsets a WordNet may lack. Princeton's 3.0
 # lacks hardly one line in a hundred; Debian's lacks two of three verb lines and every other adjective line.
 _MAX_MISSING = 0.25
-_PART_NAMES = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
 _PRINCETONS = (
     "fetch Princeton's with `python -m nltk.downloader wordnet`, or set wordnet.path to a folder that has it; or set "
     "lexicon.languages=[eng]"
@@ -96,7 +95,7 @@ def open_language(wordnet: WordNet, code: str, report: Report) -> None:
         elif not _OMW_SYNSET.fullmatch(fields[0]):
             report.add_malformed(file, number, f"{fields[0]!r} names no synset")
         else:
-            part = _PART_NAMES[fields[0][-1]]
+            part = PARTS_OF_SPEECH[fields[0][-1]]
             named[part] += 1
             if _has_synset(wordnet, fields[0]):
                 kept.append(f"{line}\n")

@@ -30,9 +30,10 @@ from dskd.errors import UserError
 
 # The second is the folder into which the Makefile unpacks the Debian package for users who may not install it.
 DICTIONARY_FOLDERS = (Path("/usr/share/wordnet"), Path(sys.prefix) / "share" / "wordnet")
-_PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
-DICTIONARY_FILES = tuple(f"{kind}.{part}" for kind in ("data", "index") for part in _PARTS_OF_SPEECH)
-_EXCEPTION_FILES = tuple(f"{part}.exc" for part in _PARTS_OF_SPEECH)  # nltk does not open a WordNet without them
+PARTS_OF_SPEECH = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}  # by WordNet's letters
+_PARTS_IN_FILE_NAMES = ("noun", "verb", "adj", "adv")
+DICTIONARY_FILES = tuple(f"{kind}.{part}" for kind in ("data", "index") for part in _PARTS_IN_FILE_NAMES)
+_EXCEPTION_FILES = tuple(f"{part}.exc" for part in _PARTS_IN_FILE_NAMES)  # nltk does not open a WordNet without them
 _COPIES = "wordnet-found"  # prefix of the names of the copies of DICTIONARY_FOLDERS
 
 # The lexicographer files of WordNet 3.0 in the order of their numbers (lexnames(5WN)); nltk reads them from `lexnames`.

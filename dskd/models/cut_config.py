@@ -88,8 +88,8 @@ def _replace_rules(result: dict[str, Any], full: Mapping[str, Any], layers: Sequ
         chosen = [number for number in numbers if kinds[number]]
         if not chosen:
             raise UserError(
-                "student.layers: the student has no layer with experts, and transformers builds no such model of this "
-                "architecture; keep one"
+                "student.layers: the student keeps no mixture-of-experts layer; transformers cannot build this "
+                "architecture without one, so keep at least one"
             )
         start, end = chosen[0], chosen[-1]
         _choose(

@@ -61,8 +61,8 @@ def find_logit_transform(causal_lm: Any, folder: ModelFolder) -> LogitTransform:
         if isinstance(error, AttributeError) and isinstance(error.obj, ModelOutput):
             missing = str(error.name)
         raise UserError(
-            f"{where} reads more of its base model than last hidden states ({missing}); such a model is not supported "
-            "yet"
+            f"{where} computes its logits from more than the last hidden state ({missing}); such a model is not "
+            "supported yet"
         ) from None
     for transform in (declared_transform(causal_lm.config), LogitTransform()):
         expected = transform.apply(F.linear(states, small.weight))

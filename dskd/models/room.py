@@ -8,7 +8,7 @@ import psutil
 from dskd.console import gigabytes
 from dskd.errors import UserError
 
-_FLOAT32_BYTES = 4
+FLOAT32_BYTES = 4
 _ROOM = 1.1  # for the tokenizer and a part of the model that is in memory twice
 
 
@@ -25,7 +25,7 @@ def require_room(numel: int, target: Path, what: str, *, key: str, remedy: str) 
     Raises:
         UserError: with both numbers, if it does not fit.
     """
-    needed = round(_ROOM * _FLOAT32_BYTES * numel)
+    needed = round(_ROOM * FLOAT32_BYTES * numel)
     place = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
     if needed > (free := shutil.disk_usage(place).free):
         raise UserError(

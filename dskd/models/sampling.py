@@ -34,14 +34,12 @@ from dskd.models.weights import TensorReader
 from dskd.random_numbers import uniform
 
 _FIRST_TOKENS = 256  # that are looked at before all of the vocabulary is sorted
-_ROOM = 2.0  # times the weights: keys and values, logits, and what else is in the memory
+ROOM = 2.0  # times the weights: keys and values, logits, and what else is in the memory
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings of a draw: the most tokens, the temperature, and the probability that the tokens have together from
-    which it draws, the most probable ones.
-    """
+    """Sampling settings: the maximum number of new tokens, the temperature and top-p."""
 
     max_new_tokens: int
     temperature: float
@@ -149,7 +147,7 @@ def _is_resident(folder: ModelFolder, config: Config, world: World, dtype: torch
         free = torch.cuda.mem_get_info(world.device)[0]
     else:
         free = psutil.virtual_memory().available // world.world_size
-    needed = _ROOM * TensorReader(folder.path).numel * dtype.itemsize
+    needed = ROOM * TensorReader(folder.path).numel * dtype.itemsize
     return not any_rank(needed > free, world)
 
 

@@ -40,6 +40,13 @@ class Architecture:
         """
         return _complete(self.config, self.named_by)
 
+    def key_value_width(self) -> int:
+        """Returns the width of a token's keys in a layer, and of its values. Raises the errors of :meth:`values`."""
+        values = self.values()
+        heads = values["num_attention_heads"]
+        width: int = values.get("head_dim") or values["hidden_size"] // heads
+        return (values.get("num_key_value_heads") or heads) * width
+
     def load_config(self) -> Any:
         """Loads the `PretrainedConfig`. Raises a UserError when transformers cannot read it."""
         with _folder_of(self.config, self.named_by) as folder:

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 from dskd.config import Config
+from dskd.models.room import FLOAT32_BYTES
 from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.shapes import Shapes, Student
 from dskd.plan.stored import stored_in_shards
+from dskd.senses.dictionary import VALUE_BYTES
 from dskd.shards import StoredStates, sample_bytes
 from dskd.training.checkpoint_writing import ELEMENT_BYTES
-
-_FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ def compute_disk(
     is_gguf = config.teacher.is_gguf  # its numbers are stored in float32, and so are those of a student cut from it
     is_cut = config.student.path is None and config.student.from_config is None
     return Disk(
-        states * hidden_size * 2,
-        dictionary_rows(config, architecture) * hidden_size * 2,
-        _FLOAT32_BYTES * architecture.numel() if is_gguf else 0,
-        student.whole_numel * (_FLOAT32_BYTES if is_gguf and is_cut else size),
+        states * hidden_size * VALUE_BYTES,
+        dictionary_rows(config, architecture) * hidden_size * VALUE_BYTES,
+        FLOAT32_BYTES * architecture.numel() if is_gguf else 0,
+        student.whole_numel * (FLOAT32_BYTES if is_gguf and is_cut else size),
         sample_bytes_of(config, stored),
         states_bytes(config, stored),
         samples,

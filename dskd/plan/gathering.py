@@ -1,4 +1,5 @@
-"""A simulation of what ZeRO-3 gathers while a model runs: how many elements are whole at one time, and how many travel.
+"""A simulation of what ZeRO-3 gathers while a model runs: how many elements are gathered at once, and how
+many are sent.
 
 It follows DeepSpeed's coordinator. Before a module runs, its weights are gathered, and then those of the next modules,
 about `PREFETCHED` elements at a time, while no more than `MAX_LIVE` elements are whole. After the module has run, its

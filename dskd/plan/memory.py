@@ -23,6 +23,7 @@ from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import Gathered, gather
 from dskd.plan.shapes import Shapes, Student
 from dskd.plan.stored import columns_read, loads_teacher, reads_states
+from dskd.senses.dictionary import VALUE_BYTES
 from dskd.shards import TRUNK_STATES
 from dskd.shards.blocks import SAMPLES_PER_SHARD
 from dskd.training.checkpoint_writing import EXPORTED_BYTES
@@ -171,7 +172,8 @@ def compute_memory(
 
     # Batches: a GPU holds two copies of the loader's data for a step, and the whole bank of sense rows if it is there.
     senses, states, rest = (part * accumulation_steps for part in batch_bytes(batch, hidden_size, dtype))
-    bank = bank_rows * hidden_size * 2 if config.train.sense_bank == "device" and config.loss.sense_weight else 0
+    is_on_device = config.train.sense_bank == "device" and config.loss.sense_weight
+    bank = bank_rows * hidden_size * VALUE_BYTES if is_on_device else 0
     on_gpu = cluster.device == "cuda"
     copies = 2 if on_gpu else 0  # of this step and the next; without a GPU they stay in the host's memory
     of_batches = {"senses": senses * copies + (bank if on_gpu else 0), "batches": (states + rest) * copies}
@@ -325,7 +327,5 @@ def _cache_bytes(config: Config, architecture: Architecture, size: int) -> int:
     One layer counts twice, because its keys and values are copied when a token is appended.
     """
     values = architecture.values()
-    heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
-    width = (values.get("num_key_value_heads") or heads) * (values.get("head_dim") or values["hidden_size"] // heads)
     tokens = config.annotation.batch_size * config.corpus.sequence_length
-    return tokens * 2 * width * size * (layers + 1)
+    return tokens * 2 * architecture.key_value_width() * size * (values["num_hidden_layers"] + 1)

@@ -13,6 +13,7 @@ from dskd.artifacts.hashing import MANIFEST_NAME
 from dskd.artifacts.manifest import read_manifest
 from dskd.config import Config
 from dskd.config.data import KEYS_OF_TEXTS
+from dskd.models.sampling import ROOM
 from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.memory import RESERVED_ON_GPU, RESERVED_ON_HOST
@@ -25,7 +26,7 @@ _LOGITS_BYTES = 4 * 6  # a row of logits and what sampling makes of it
 
 @dataclass(frozen=True)
 class Writing:
-    """The needs of the stage in which the teacher writes; None stands for what depends on an unknown number of texts.
+    """The needs of the stage in which the teacher writes; None if it depends on an unknown number of texts.
 
     With a server, only `texts`, `tokens` and `flops_per_token` are of use.
     """
@@ -52,9 +53,7 @@ def plan_writing(config: Config, cluster: Cluster, architecture: Architecture, t
     batch = min(corpus.batch_size, -(-texts // cluster.world_size)) if texts else corpus.batch_size
     # Bytes that a pass reads: the weights, and keys and values of the tokens so far, on average half of the new ones.
     numel = architecture.numel()
-    heads = values["num_attention_heads"]
-    width = (values.get("num_key_value_heads") or heads) * (values.get("head_dim") or values["hidden_size"] // heads)
-    cache = 2 * width * size * values["num_hidden_layers"]  # of a token
+    cache = 2 * architecture.key_value_width() * size * values["num_hidden_layers"]  # of a token
     read = numel * size + batch * cache * (_PROMPT_TOKENS + new / 2)
     # Seconds of a pass that writes one token of each text in the batch, by what they are spent on.
     is_sharded = not _is_resident(config, cluster, numel * size)
@@ -96,7 +95,7 @@ def _written_texts(config: Config) -> int | None:
 
 
 def _is_resident(config: Config, cluster: Cluster, weights: int) -> bool:
-    """Returns whether every rank holds all of the teacher, as :func:`dskd.models.sampling.load_sampler` decides."""
+    """Returns True if every rank holds all of the teacher, as :func:`dskd.models.sampling.load_sampler` decides."""
     if config.teacher.mode in ("resident", "zero3"):
         return config.teacher.mode == "resident"
-    return 2 * weights <= cluster.gpu_memory
+    return ROOM * weights <= cluster.gpu_memory

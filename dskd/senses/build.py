@@ -30,7 +30,6 @@ from dskd.senses.reservoir import SampledStates
 
 # Settings of `senses` that affect the dictionary but not which states are sampled.
 _NOT_SAMPLING = (*CLUSTER_SETTINGS, "surface_forms")
-STATES = "states"  # never published: its folder stays a partial one
 # Settings of `senses` that affect neither the sample nor the dictionary.
 _NOT_IN_RECIPE = ("path", "batch_size", "memory_budget", "save_minutes", "keep_states")
 
@@ -97,7 +96,7 @@ def build_senses(config: Config, world: World, *, force: bool = False) -> None:
     if not force and on_main(lambda: is_current(target, building.recipe)):
         say(f"up to date: {target}")
         if not config.senses.keep_states:
-            on_main(lambda: remove_partial(config.path(STATES)))
+            on_main(lambda: remove_partial(config.path(kinds.STATES.folder)))
         return
     sources = [config.path(name) for name in ("lexicon", "sequences")]
     with stage("senses: teacher states to sense embeddings", reads=sources, writes=target / FILE):
@@ -106,7 +105,8 @@ def build_senses(config: Config, world: World, *, force: bool = False) -> None:
         entries: list[tuple[Entries, dict[str, int]]] = []
         vocab_size = teacher.load_config().vocab_size
         on_main(lambda: entries.append(load_entries(config, teacher.load_tokenizer(), vocab_size)))
-        states = Building(config.path(STATES), states_recipe(config, inputs))
+        # Never published: the folder stays a partial one.
+        states = Building(config.path(kinds.STATES.folder), states_recipe(config, inputs))
         on_main(lambda: _prepare(building, states, force=force))
         runs = _sample(config, inputs, states.folder, world)
 

@@ -22,6 +22,7 @@ from dskd.senses.csr import sums_of_lists
 from dskd.senses.entries import ENTRY_TENSORS, Entries
 
 FILE = "senses.safetensors"
+VALUE_BYTES = 2  # vectors and the states that they are made from are bf16
 _INDEX_TENSORS = ("counts", "entry_offsets", *ENTRY_TENSORS)
 
 

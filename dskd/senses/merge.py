@@ -21,7 +21,7 @@ from dskd.models.folder import ModelFolder, find_teacher
 from dskd.senses.assemble import assemble, write_part
 from dskd.senses.cluster import CLUSTER_SETTINGS, TokenSenses, cluster, senses_per_token
 from dskd.senses.csr import offsets_of
-from dskd.senses.dictionary import FILE, SenseDictionary, read_dictionary, require_fitting
+from dskd.senses.dictionary import FILE, VALUE_BYTES, SenseDictionary, read_dictionary, require_fitting
 from dskd.senses.entries import load_entries
 from dskd.senses.reservoir import TokenStates, split_tokens
 
@@ -98,7 +98,7 @@ def _merge(config: Config, dictionaries: Sequence[SenseDictionary], building: Bu
     states_per_token = torch.stack([dictionary.states_per_token for dictionary in dictionaries]).sum(0)
     sizes = torch.minimum(senses_per_token(states_per_token, config.senses), numbers)
     # A fifth of the budget: reading and clustering copy the rows.
-    rows_at_once = max(1, config.senses.memory_bytes // 5 // (2 * hidden_size))
+    rows_at_once = max(1, config.senses.memory_bytes // 5 // (VALUE_BYTES * hidden_size))
 
     def senses() -> Iterator[TokenSenses]:
         with progress_bar(total=vocab_size, label="k-means", unit="tokens") as bar:

@@ -38,8 +38,8 @@ STORED_AS = {"bfloat16": "ndarray:uint16", "float32": "ndarray:float32"}
 PRECISION_OF = {"bfloat16": "bf16", "float32": "fp32"}
 DTYPE_OF = {precision: dtype for dtype, precision in PRECISION_OF.items()}
 HASH = "xxh64"
-LARGEST_SHARD = 2**31  # bytes of its file: half of what the places of its samples, 32-bit numbers, allow
-SHARD_HEADER = 2**20  # bytes of these that no sample takes: more than the header of a shard has
+LARGEST_SHARD = 2**31  # bytes of the largest shard file: half of what 32-bit offsets can address
+SHARD_HEADER = 2**20  # bytes of these that are reserved for the header
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from dskd.senses.csr import Csr, offsets_of, padded_ranges, ranges
-from dskd.senses.dictionary import SenseDictionary
+from dskd.senses.dictionary import VALUE_BYTES, SenseDictionary
 from dskd.senses.distances import squared_distances
 
 _TILE = 16  # maximum number of positions of one token in a product, which fetches the token's rows once for all of them
@@ -98,7 +98,7 @@ class DictionaryVectors:
     ) -> None:
         self._map = dictionary.mapped
         self._device = device
-        fitting = min(dictionary.num_rows, memory_budget // (2 * dictionary.hidden_size))
+        fitting = min(dictionary.num_rows, memory_budget // (VALUE_BYTES * dictionary.hidden_size))
         resident = use.argsort(descending=True, stable=True)[:fitting].sort().values
         self._all_resident = len(resident) == dictionary.num_rows
         self._slots = torch.full((dictionary.num_rows,), -1, dtype=torch.int64)

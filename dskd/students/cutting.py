@@ -48,7 +48,7 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     if config.student.is_measured:
         inputs["sequences"] = read_manifest(config.path(kinds.SEQUENCES.folder), kinds.SEQUENCES.name).digest
         settings |= {"seed": config.seed, "precision": resolve_precision(config.precision)}
-    return Recipe("student", inputs, settings, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest)
+    return Recipe(kinds.STUDENT.name, inputs, settings, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest)
 
 
 def build_cut_student(config: Config, teacher: ModelFolder) -> None:

@@ -22,7 +22,7 @@ _POSITIONS = 2048  # of a student whose teacher has no limit, unless sequences a
 def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     """Returns the recipe of the student: what determines its files."""
     settings = {"origin": "from_config", "seed": config.seed, **_values_for(config, teacher)}
-    return Recipe("student", {}, settings, teacher.digest, teacher.tokenizer_digest)
+    return Recipe(kinds.STUDENT.name, {}, settings, teacher.digest, teacher.tokenizer_digest)
 
 
 def build_new_student(config: Config, teacher: ModelFolder) -> None:

@@ -25,7 +25,7 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     """Returns the recipe of the student: what determines its files. Where the model is found is not part of it."""
     source = find_pretrained_student(config)
     inputs = {"model": source.digest, "tokenizer": source.tokenizer_digest}
-    return Recipe("student", inputs, {"origin": "path"}, teacher.digest, teacher.tokenizer_digest)
+    return Recipe(kinds.STUDENT.name, inputs, {"origin": "path"}, teacher.digest, teacher.tokenizer_digest)
 
 
 def build_pretrained_student(config: Config, teacher: ModelFolder) -> None:

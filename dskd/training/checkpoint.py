@@ -50,7 +50,7 @@ def latest(config: Config, *, verify: bool = False) -> Checkpoint | None:
     """Returns the newest complete checkpoint of the run, or None; skips damaged ones with a warning.
 
     Args:
-        config: the experiment, with the run's keys laid over it.
+        config: the experiment, with the run's keys applied.
         verify: compare the content of every file with the manifest, not only its size.
 
     Raises:

@@ -189,7 +189,7 @@ def recipe(config: Config, inputs: TrainingInputs | None = None) -> Recipe:
         "shards": shards.digest_without_states(inputs.shards),
         "senses": inputs.senses.digest,
     }
-    return Recipe("checkpoint", digests, settings, inputs.teacher.digest, inputs.teacher.tokenizer_digest)
+    return Recipe(kinds.CHECKPOINT.name, digests, settings, inputs.teacher.digest, inputs.teacher.tokenizer_digest)
 
 
 def margin_of(config: Config, manifest: Manifest) -> float:

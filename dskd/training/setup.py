@@ -40,7 +40,7 @@ def set_up(config: Config, world: World, *, began: float, resume: bool, overwrit
     """Prepares the run `config.run` for training. Every rank must call it.
 
     Args:
-        config: the experiment, with the run's keys laid over it.
+        config: the experiment, with the run's keys applied.
         world: the ranks.
         began: `time.perf_counter()` at the beginning, from which the run's cost counts.
         resume: continue from the last checkpoint, if there is one.

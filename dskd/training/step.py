@@ -1,4 +1,4 @@
-"""One optimizer step: the table of contents of distillation.
+"""One optimizer step.
 
 Every term of the loss is a sum over positions, divided once by the count over all ranks and accumulation steps
 (docs/invariants.md).

@@ -41,7 +41,7 @@ def recipe(config: Config) -> Recipe:
         "seed": config.seed,
         "precision": resolve_precision(config.precision),
     }
-    return Recipe("teacher", {"corpus": documents.digest}, settings)
+    return Recipe(kinds.TEACHER.name, {"corpus": documents.digest}, settings)
 
 
 def build_teacher(config: Config) -> None:

@@ -25,7 +25,7 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
     """Trains the run `config.run`.
 
     Args:
-        config: the experiment, with the run's keys laid over it.
+        config: the experiment, with the run's keys applied.
         world: the ranks.
         resume: continue from the last checkpoint, if there is one.
         overwrite: start from scratch; the run's old checkpoints are removed when the first new one is complete.

@@ -30,8 +30,7 @@ from manifests import (
 from repository import REPOSITORY
 
 from dskd.config.reading import load_config
-from dskd.distributed.stopping import STOPPED_EXIT_CODE
-from dskd.errors import USER_ERROR_EXIT_CODE
+from dskd.errors import STOPPED_EXIT_CODE, USER_ERROR_EXIT_CODE
 
 DOCKERFILE = REPOSITORY / "cluster" / "docker" / "Dockerfile"
 # The oldest version that cluster/kubernetes/README.md names, and the newest of the package: Kubernetes removes fields,

@@ -21,7 +21,7 @@ from dskd.training import checkpoint
 pytestmark = pytest.mark.cluster
 
 STEPS, TIMEOUT_S = 60, 30  # ranks of one host may start so much later than those of the other
-# What a launcher needs beyond the time-out: torch's noticing, and DeepSpeed's 30 s for ranks that hang.
+# What a launcher needs beyond the time-out: time for torch to notice, and DeepSpeed's 30 s for ranks that hang.
 PATIENCE_S = TIMEOUT_S + 60
 
 

@@ -284,7 +284,7 @@ def test_an_empty_path_is_refused(tmp_path, section):
             {"corpus": {"source": "teacher", "server": "http://localhost:8000", "batch_size": 4}},
             "corpus.batch_size is for a teacher that writes here",
         ),
-        ({"corpus": {"source": "teacher", "server": "localhost:8000"}}, "is no URL of a server"),
+        ({"corpus": {"source": "teacher", "server": "localhost:8000"}}, "is not a server URL"),
         ({"corpus": {"source": "teacher", "server": "http://me:pw@host/v1"}}, "DSKD_SERVER_KEY"),
         ({"corpus": {"source": "teacher", "server": "http://host/v1?key=1"}}, "expected the address alone"),
         ({"corpus": {"source": "teacher", "temperature": 0}}, "corpus.temperature"),

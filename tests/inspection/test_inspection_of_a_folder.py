@@ -86,7 +86,7 @@ def test_wrong_arguments_are_refused_with_the_right_ones(lexicon_only):
         assert message in error
     code, _, error = lexicon_only("inspect", "word", "big", "--neighbours", "-1")
     assert code == 2
-    assert "expected a number, 0 or more, found '-1'" in error
+    assert "expected a whole number, 0 or more, found '-1'" in error
 
 
 def test_a_word_of_a_hand_made_work_directory(tmp_path):

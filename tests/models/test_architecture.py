@@ -97,5 +97,7 @@ def test_a_mixture_cut_to_dense_layers_alone_is_refused_by_name():
     values = ARCHITECTURES["ernie4-5-moe"].config().to_dict()
     assert values["moe_layer_start_index"] == 1
     cut_config(values, [0, 1])
-    with pytest.raises(UserError, match=r"student\.layers: the student has no layer with experts(.|\n)*keep one"):
+    with pytest.raises(
+        UserError, match=r"student\.layers: the student keeps no mixture-of-experts layer(.|\n)*keep at least one"
+    ):
         cut_config(values, [0])

@@ -116,5 +116,5 @@ def test_a_model_whose_head_cannot_be_tried_is_refused(tmp_path, world):
     model_config = MambaConfig(vocab_size=120, hidden_size=32, num_hidden_layers=1)
     AutoModelForCausalLM.from_config(model_config).save_pretrained(tmp_path / "teacher")
     config = Config(workdir=str(tmp_path), teacher={"path": str(tmp_path / "teacher")}, precision="fp32")
-    with pytest.raises(UserError, match=r"reads more of its base model than last hidden states \(cache_params\)"):
+    with pytest.raises(UserError, match=r"computes its logits from more than the last hidden state \(cache_params\)"):
         load_frozen(find_teacher(config), config, world)

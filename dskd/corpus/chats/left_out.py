@@ -65,12 +65,12 @@ def other_keys(message: Message) -> Iterator[tuple[str, Any]]:
 def without_a_part(message: Message) -> Iterator[tuple[str, Message]]:
     """Yields the parts of a turn that are content, each with the turn that lacks it or has another.
 
-    These are what a system turn or a tool turn says, what the assistant says beside tool calls, each tool call, and
-    other keys that are no notes, such as `reasoning_content` and `name`.
+    These are what a system turn or a tool turn says, what the assistant says in addition to tool calls, each tool call,
+    and other keys that are no notes, such as `reasoning_content` and `name`.
     """
     role, content, calls = message["role"], message["content"], message.get("tool_calls", [])
     if content.strip() and role != "user" and (role != ASSISTANT or calls):
-        part = "the text beside the tool calls" if role == ASSISTANT else f"the {role} turn"
+        part = "the text next to the tool calls" if role == ASSISTANT else f"the {role} turn"
         yield part, {**message, "content": f"{content} and more"}
     for index in range(len(calls)):
         if len(calls) == 1:

@@ -62,7 +62,7 @@ def join_blocks(folder: Path, blocks: Sequence[range], requests: Sequence[Reques
 
 
 def note_writer(folder: Path, model: str) -> None:
-    """Notes beside the blocks the name of the server's model that writes them."""
+    """Writes the name of the server's model that writes the blocks into a file next to them."""
     write_text(folder / _WRITER, model)
 
 

@@ -6,9 +6,10 @@ Texts of one kind would all sound alike, so a request's seed chooses among sever
 from typing import Any
 
 from dskd.corpus.template_options import NOT_THINKING, TEMPLATE_OPTIONS
-from dskd.corpus.written.requests import PARTS_OF_SPEECH, Request
+from dskd.corpus.written.requests import Request
 from dskd.errors import UserError, reason_of
 from dskd.lexicon.reading import is_storable
+from dskd.lexicon.wordnet import PARTS_OF_SPEECH
 
 THOUGHTS = "<think>"  # begins the thoughts of a reasoning model; an answer that is only thoughts becomes this alone
 END_OF_THOUGHTS = "</think>"

@@ -14,8 +14,6 @@ from dskd.lexicon.wordnet import WordNet, spelled
 from dskd.models.words import MIN_HEAD_LETTERS, tokenize_words
 from dskd.random_numbers import derived_seed
 
-PARTS_OF_SPEECH = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
-
 
 @dataclass(frozen=True)
 class Sense:

@@ -134,7 +134,7 @@ class Server:
             try:
                 answer = self._once(session, method, path, body, read)
             except _TransientError as error:
-                # Who has named a wrong server should not have to wait for minutes.
+                # Fail at once if the server's address is wrong.
                 waits = _WAITS_S if self._has_answered else _WAITS_S[:_FIRST_TRIES]
                 if tries > len(waits) or stopping.is_set():
                     raise OutageError(

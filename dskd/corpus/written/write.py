@@ -38,10 +38,10 @@ def recipe(config: Config) -> Recipe:
     inputs = {"wordnet": open_wordnet(config.wordnet.path).digest}
     if config.corpus.server is not None:
         settings |= {key: corpus[key] for key in ("server", "server_model")}
-        return Recipe("written", inputs, settings, tokenizer=teacher.tokenizer_digest)
+        return Recipe(kinds.WRITTEN.name, inputs, settings, tokenizer=teacher.tokenizer_digest)
     inputs["chat_template"] = digest_of_json(getattr(teacher.load_tokenizer(), "chat_template", None))
     settings["precision"] = resolve_precision(config.precision)
-    return Recipe("written", inputs, settings, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest)
+    return Recipe(kinds.WRITTEN.name, inputs, settings, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest)
 
 
 def write_texts(config: Config, world: World, *, force: bool = False) -> None:

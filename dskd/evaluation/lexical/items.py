@@ -67,7 +67,7 @@ def recipe(config: Config, teacher: ModelFolder) -> Recipe:
         if file is not None:
             data = Path(file).expanduser()
             inputs |= {key: sha256_of_file(data), f"{key}_gold": sha256_of_file(gold_of(data))}
-    return Recipe("lexical-items", inputs, {"run_words": RUN_WORDS}, tokenizer=teacher.tokenizer_digest)
+    return Recipe(kinds.LEXICAL_ITEMS.name, inputs, {"run_words": RUN_WORDS}, tokenizer=teacher.tokenizer_digest)
 
 
 def _read_pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
@@ -110,7 +110,7 @@ def build_items(config: Config, teacher: ModelFolder) -> Manifest:
             say("  " + ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in facts.items()))
             if min(facts["of_both_kinds"], facts["synonyms_against_antonyms"]) < _FEW:
                 say("  these are few; if the corpus is WordNet, a larger corpus.validation_share gives more of them")
-    return read_manifest(target, "lexical-items")
+    return read_manifest(target, kinds.LEXICAL_ITEMS.name)
 
 
 def load_items(config: Config, manifest: Manifest) -> Items:

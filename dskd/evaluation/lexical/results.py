@@ -103,12 +103,12 @@ def comparison(config: Config, names: Sequence[str], items: Manifest) -> str:
 
 def _cell(entry: dict[str, Any] | None) -> str:
     if entry is None:
-        return "–"
+        return "-"
     error = entry.get("standard_error")
     return _number(entry["value"]) + (f" ± {_number(error)}" if error is not None else "")
 
 
 def _number(value: float | None) -> str:
     if value is None:
-        return "–"
+        return "-"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

@@ -49,7 +49,7 @@ def recipe(config: Config) -> Recipe:
     inputs = {"gguf": gguf_digest(config)}
     if config.teacher.tokenizer is not None:
         inputs["tokenizer"] = tokenizer_files_digest(config)
-    return Recipe("teacher", inputs, {"tokenizer": config.teacher.tokenizer})
+    return Recipe(kinds.TEACHER.name, inputs, {"tokenizer": config.teacher.tokenizer})
 
 
 def check_file(config: Config) -> GgufFile:

@@ -240,7 +240,9 @@ def _kinds(file: GgufFile, tokens: list[str]) -> list[int]:
 
 
 def _mark_special_tokens(backend: Tokenizer, file: GgufFile, tokens: list[str]) -> None:
-    """Makes control tokens, which text never contains, and tokens that users defined, which it may, whole tokens."""
+    """Registers control and user-defined tokens, so that the tokenizer never splits them; text may contain only the
+    latter.
+    """
     kinds = _kinds(file, tokens)
     control = {token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL}
     control |= {token for name in ("bos", "eos", "padding", "eot", "eom") if (token := _special(file, name))}

@@ -1,8 +1,8 @@
 """The model card of an export, `README.md`: what the model was made from, how it scores, and what its licence asks.
 
 A card is a function of the export's manifest and of results. The evaluation follows the export, so a card is written
-with the export, and again when there are results; it is not one of the files that the manifest lists, so that neither
-changes the digest by which the results know their model.
+with the export, and again when there are results. The manifest does not list it, so rewriting the card does not make
+evaluations stale.
 """
 
 import html

@@ -36,7 +36,7 @@ from dskd.training.exporting.files import add_licence_texts, copy_files, copy_li
 def recipe(source: checkpoint.Checkpoint) -> Recipe:
     """Returns the recipe of an export from this checkpoint."""
     manifest = source.manifest
-    return Recipe("export", {"checkpoint": manifest.digest}, {}, manifest.teacher, manifest.tokenizer)
+    return Recipe(kinds.EXPORT.name, {"checkpoint": manifest.digest}, {}, manifest.teacher, manifest.tokenizer)
 
 
 def build_export(config: Config) -> None:

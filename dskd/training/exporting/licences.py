@@ -14,7 +14,7 @@ from dskd.models.folder import MODEL_CARD_NAME
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 # Without characters that Markdown or HTML reads, and without a user, who may come with a password.
 _LINK = re.compile(r"https://[^\s()<>\[\]\\`*|\"'@/]+(?:/[^\s()<>\[\]\\`*|\"']*)?")
-_FILE_NAME = re.compile(r"[\w-][\w.-]*")  # as a model card names a licence beside it
+_FILE_NAME = re.compile(r"[\w-][\w.-]*")  # as a model card names a licence in the same folder
 
 _LLAMA = (
     "with every copy, give a copy of that agreement and a file `Notice` with its attribution notice; show “{built}” "

@@ -327,7 +327,7 @@ def test_answers_of_a_template_without_special_tokens_end_with_their_line(adds_s
             "leaves out the tool calls in turn 2",
         ),
         (TOOLS.replace(" + message.content }}", " + ('' if message.tool_calls else message.content) }}"), TWO_CALLS,
-            "leaves out the text beside the tool calls in turn 2"),
+            "leaves out the text next to the tool calls in turn 2"),
         (TOOLS.replace("in message.tool_calls or []", "in (message.tool_calls or [])[:1]"), TWO_CALLS,
             "leaves out tool call 2 in turn 2"),
         *(

@@ -1,0 +1,63 @@
+"""What a training of the study is: which layers it keeps and trains, its optimizer, and its loss."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from dskd.config import LossConfig
+
+Keep = Literal["ends", "first", "even", "importance"]
+Weights = Literal["equal", "lexical", "senses", "senses of others", "rarity", "entropy"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a training. A result names those that differ from these defaults."""
+
+    # The student: layers of the teacher, of which the upper ones are trained.
+    keep: Keep = "ends"
+    layers: int = 15
+    train_layers: int = 2
+    train_norm: bool = False
+    train_head: bool = False
+    # The optimizer. The learning rate rises over the warm-up and then falls to 0.
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices, with AdamW for what is none
+    learning_rate: float = 5e-4
+    batch_size: int = 16  # sequences
+    epochs: float = 1.0
+    warmup: float = 0.05  # share of the steps
+    decay: Literal["cosine", "linear"] = "cosine"
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    position_share: float = 1.0  # of the positions, drawn at random in every step
+    # The loss, beside the terms of `dskd.config.LossConfig`.
+    ce_weight: float = 1.0
+    kd_weight: float = 0.7
+    temperature: float = 2.0
+    hidden_weight: float = 0.0
+    sense_weight: float = 0.0
+    sense_form: Literal["distance", "distribution"] = "distance"
+    synonym_weight: float = 1.0
+    antonym_weight: float = 1.0
+    weights: Weights = "equal"  # of the positions in CE and KL
+    weights_power: float = 1.0  # the weights are raised to it
+    lexical_divergence: float = 0.0  # weight of the divergence over a target, its synonyms and antonyms alone
+    lexical_words: Literal["related", "random"] = "related"  # random: as many words of the same frequency instead
+    synonym_targets: float = 0.0  # share of the cross-entropy's target that the teacher's synonyms of it get
+
+    @classmethod
+    def of(cls, changes: Mapping[str, Any]) -> "Settings":
+        """Returns the settings that differ from the defaults as `changes` say."""
+        return replace(cls(), **changes)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """{setting: value} of those that differ from the defaults."""
+        defaults = Settings()
+        return {name: value for name, value in asdict(self).items() if value != getattr(defaults, name)}
+
+    @property
+    def loss(self) -> LossConfig:
+        """The terms that `dskd` computes."""
+        shared = {field.name for field in fields(self)} & set(LossConfig.model_fields)
+        return LossConfig(**{name: getattr(self, name) for name in shared})
