@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -213,6 +214,15 @@ def test_make_quickstart_ends_with_any_other_error_of_the_fetch(tmp_path, code, 
     assert calls == ["-m dskd wordnet", "-m dskd smollm2"]
     assert made.stderr.startswith(f"{said}\n")
     assert "toy" not in made.stderr
+
+
+@pytest.mark.parametrize("config", ['a"; echo PWNED; "', "it's mine.yaml", "a b.yaml"])
+def test_make_quickstart_reads_a_config_of_any_name_and_prints_a_command_that_works(tmp_path, config):
+    made, calls = _make_quickstart(tmp_path, [f"CONFIG={config}"], 0, "")
+    assert made.returncode == 0
+    assert calls[-1] == f"launcher/pipeline.py --config {config}"
+    assert "PWNED" not in made.stdout.splitlines()
+    assert shlex.split(made.stdout.splitlines()[-1]) == ["venv/bin/python", *calls[-1].split(" ", 2)[:2], config]
 
 
 def _make_quickstart(tmp_path, arguments, code, said):
