@@ -1,7 +1,8 @@
 """A teacher from a GGUF file, made into an ordinary folder.
 
-file       reads what the file says about its model
-config     the config of that model, and the check that transformers leaves nothing out
-tokenizer  builds its tokenizer, or compares another with it
-teacher    writes the folder
+file         reads what the file says about its model
+known_files  names the models of files that do not name them rightly, by their content
+config       the config of that model, and the check that transformers leaves nothing out
+tokenizer    builds its tokenizer, or compares another with it
+teacher      writes the folder
 """
