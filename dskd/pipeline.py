@@ -199,7 +199,7 @@ def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
 
     def exported() -> bool:
         newest = checkpoint.latest(config)
-        return newest is not None and is_current(config.path(kinds.EXPORT.folder, config.run), export.recipe(newest))
+        return newest is not None and export.is_exported(config, newest)
 
     return [
         Stage(f"train {config.run}", lambda: checkpoint.is_finished(config, inputs.recipe(config)), build),

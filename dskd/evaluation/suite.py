@@ -20,7 +20,7 @@ from dskd.distributed.world import World
 from dskd.evaluation.models import Candidate, load_candidate
 from dskd.evaluation.table import Evaluation
 from dskd.models.frozen import FrozenModel
-from dskd.tracking import log_results
+from dskd.tracking import forget_unlogged, log_results, note_unlogged, read_unlogged
 
 FILE, EXAMPLES_FILE = "measures.json", "examples.parquet"
 
@@ -39,8 +39,17 @@ class Measurement:
         return self.evaluation.folder_of(config, self.candidate.name)
 
     def is_current(self, config: Config) -> bool:
-        """Returns True if the results exist and were made by this recipe."""
-        return is_current(self.folder(config), self.recipe)
+        """Returns True if the results exist, were made by this recipe, and are logged."""
+        return is_current(self.folder(config), self.recipe) and not self._is_unlogged(config)
+
+    def log_left_over(self, config: Config) -> None:
+        """Logs results that a killed process has published but not logged."""
+        if self._is_unlogged(config) and is_current(self.folder(config), self.recipe):
+            say(f"  logging the results in {self.folder(config)}, which an interrupted process has left")
+            _log(config, self)
+
+    def _is_unlogged(self, config: Config) -> bool:
+        return config.tracking.enabled and read_unlogged(self.folder(config)) is not None
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,13 @@ def find_stale(config: Config, measurements: Sequence[Measurement], *, force: bo
 
     All ranks must call it. Rank 0 decides, because all ranks must measure the same models.
     """
-    stale = on_main(
-        lambda: [n for n, measurement in enumerate(measurements) if force or not measurement.is_current(config)]
-    )
+
+    def find() -> list[int]:
+        for measurement in () if force else measurements:
+            measurement.log_left_over(config)
+        return [n for n, measurement in enumerate(measurements) if force or not measurement.is_current(config)]
+
+    stale = on_main(find)
     current = [measurement.folder(config) for number, measurement in enumerate(measurements) if number not in stale]
     if current:
         say(f"up to date: {', '.join(map(str, current))}")
@@ -103,22 +116,37 @@ def _publish(config: Config, measurement: Measurement, make_outcome: Callable[[]
     folder, outcome = measurement.folder(config), make_outcome()
     if not force and was_made_meanwhile(folder, measurement.recipe):
         return
+    candidate = measurement.candidate
+    is_tracked = bool(candidate.mlflow_run_id and config.tracking.enabled)
     with build_artifact(folder, measurement.recipe) as building:
         write_json(building.folder / FILE, outcome.measures)
         outcome.write_files(building.folder)
         building.facts.update(outcome.facts)
+        forget_unlogged(folder)
+        if is_tracked:
+            message = {"measures": outcome.metrics, "data": outcome.data, "step": candidate.step}
+            note_unlogged(folder, message | {"tables": outcome.tables, "files": outcome.files})
     for line in outcome.lines:
         say(f"  {line}")
-    if measurement.candidate.mlflow_run_id and config.tracking.enabled:
+    if is_tracked:
+        _log(config, measurement)
+
+
+def _log(config: Config, measurement: Measurement) -> None:
+    """Logs the results that are noted as unlogged."""
+    folder, run_id = measurement.folder(config), measurement.candidate.mlflow_run_id
+    noted = read_unlogged(folder)
+    if noted is not None and run_id:
         log_results(
             config,
             measurement.candidate.name,
-            measurement.candidate.mlflow_run_id,
+            run_id,
             measurement.evaluation.folder,
-            outcome.metrics,
+            noted["measures"],
             folder / EXAMPLES_FILE,
-            data=outcome.data,
-            step=measurement.candidate.step,
-            tables=[folder / name for name in outcome.tables],
-            files=[folder / name for name in outcome.files],
+            data=noted["data"],
+            step=noted["step"],
+            tables=[folder / name for name in noted["tables"]],
+            files=[folder / name for name in noted["files"]],
         )
+    forget_unlogged(folder)

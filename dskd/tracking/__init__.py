@@ -8,6 +8,7 @@ outbox            keeps messages to MLflow in order until they have arrived
 delivery          sends the outbox's messages, by one thread of one process at a time
 system_metrics    reads the use of processors, memory, disks, network and GPUs
 afterwards        sends what follows a training: its model and its measures
+unlogged          notes which artifacts' results MLflow does not have yet
 registered_model  uploads the exported student as an MLflow model
 reading           reads runs, metrics and artifacts from MLflow
 client            connects to the server, and recognises its errors
@@ -25,3 +26,4 @@ from dskd.tracking.datasets import describe_dataset
 from dskd.tracking.reading import TrackedRun, read_artifact, read_histories, read_history, read_run, read_runs
 from dskd.tracking.runs import KIND_TAG, PARENT
 from dskd.tracking.tracker import Start, Tracker, start_tracking
+from dskd.tracking.unlogged import forget_unlogged, note_unlogged, read_unlogged

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from rank_processes import finish, run_program, start_ranks
+from rank_processes import finish, run_program, start_ranks, wait_for_checkpoint
 from safetensors.torch import load_file
 from tiny_work import BEFORE_TRAINING, TINY
 from tracked_results import losses_of
@@ -96,9 +96,7 @@ def test_ranks_asked_at_different_times_stop_after_one_step_and_resume(tiny, cop
     assert _status(monkeypatch, config) == 3
     ranks = start_ranks("train.py", config, ranks=2)
     try:
-        deadline = time.monotonic() + 120
-        while checkpoint.latest(loaded) is None and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for_checkpoint(loaded)
         # As with a scheduler, all processes of a rank get the signal, including its loader's workers.
         os.killpg(ranks[1].pid, signal.SIGUSR1)
         time.sleep(0.1)

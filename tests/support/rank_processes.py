@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from repository import REPOSITORY
 
+from dskd.config import Config
 from dskd.distributed.rendezvous import free_port
 from dskd.distributed.world import World
 
@@ -97,6 +99,15 @@ def start_ranks(name: str, config: Path, *arguments: str, ranks: int = 1, absent
 
     program = REPOSITORY / "launcher" / name
     return fork_ranks(run_launcher, program, ["--config", str(config), *arguments], ranks=ranks, absent=absent)
+
+
+def wait_for_checkpoint(config: Config, timeout_s: float = 120) -> None:
+    """Waits until the config's run has a checkpoint, or the time is over."""
+    from dskd.training import checkpoint
+
+    deadline = time.monotonic() + timeout_s
+    while checkpoint.latest(config) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def finish(processes: Sequence[Rank], timeout_s: float = 240, *, check: bool = True) -> Finished:

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 import yaml
 from artifact_folders import open_dataset, update_manifest
 from plain_reading import run_apart, steps_of_run
-from rank_processes import ONE_RANK, run_program, start_ranks
+from rank_processes import ONE_RANK, run_program, start_ranks, wait_for_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny_work import BEFORE_TRAINING, TINY, copy_work, write_config
 from torch.distributions import Categorical, kl_divergence
@@ -66,9 +65,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_in_the_same_tracked_run(t
     loaded = load_config(config)
     ranks = start_ranks("train.py", config, ranks=2)
     try:
-        deadline = time.monotonic() + 120
-        while checkpoint.latest(loaded) is None and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for_checkpoint(loaded)
         ranks[1].kill()
         # The other rank must notice: without its peer it can only fail.
         assert ranks[0].wait(60) != 0

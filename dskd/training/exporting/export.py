@@ -26,7 +26,7 @@ from dskd.models.folder import ModelFolder
 from dskd.models.stored_names import StoredNames, parameter_names
 from dskd.models.weights import TensorReader, write_weights
 from dskd.students.student import find_student, open_made_model
-from dskd.tracking import log_export
+from dskd.tracking import forget_unlogged, log_export, note_unlogged, read_unlogged
 from dskd.training import checkpoint
 from dskd.training.exporting import card
 from dskd.training.exporting.card_facts import collect_facts, find_source_teacher
@@ -74,6 +74,14 @@ def build_export(config: Config) -> None:
     run_id = source.manifest.facts["mlflow_run_id"]
     if run_id and config.tracking.enabled:
         log_export(config, config.run, run_id, target)
+    forget_unlogged(target)
+
+
+def is_exported(config: Config, source: checkpoint.Checkpoint) -> bool:
+    """Returns True if the run's export is of this checkpoint, and MLflow has it if it is to have it."""
+    target = config.path(kinds.EXPORT.folder, config.run)
+    is_left = config.tracking.enabled and read_unlogged(target) is not None
+    return is_current(target, recipe(source)) and not is_left
 
 
 def _build(config: Config, source: checkpoint.Checkpoint, student: ModelFolder, target: Path) -> None:
@@ -103,6 +111,8 @@ def _build(config: Config, source: checkpoint.Checkpoint, student: ModelFolder, 
             copy_licences(student, teacher, building.folder)
             text = card.render_card(as_json(building.facts), package_versions())
             card.write_card(building.folder, text)
+            if config.tracking.enabled and config.tracking.log_model:
+                note_unlogged(target, {})
         say(
             f"  step {source.step}; reloaded, its logits differ from the trained student's by {agreement.error:.1e} "
             "(relative)"
