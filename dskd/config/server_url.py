@@ -46,7 +46,7 @@ def _checked(url: str) -> str:
             f"in the environment variable {SERVER_KEY_VARIABLE}"
         )
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ValueError(f"this is no URL of a server; {_EXPECTED}")
+        raise ValueError(f"this is not a server URL; {_EXPECTED}")
     if parts.query or parts.fragment or url[-1] in "?#":
         raise ValueError(
             f"the URL has a ? or a #; expected the address alone, such as http://localhost:8000/v1. If a key follows, "

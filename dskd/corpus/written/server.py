@@ -148,9 +148,9 @@ def _require_writer(server: Server, folder: Path, model: str) -> None:
 def _no_text(server: Server, model: str, count: int) -> UserError:
     return UserError(
         f"corpus.server: the first {count} answers of {server.hidden(model)} at {server.shown} have no text, so the "
-        "others are likely to have none. Raise corpus.max_new_tokens if the model thinks before it answers; otherwise ask the "
-        "server a question by hand, start it with the model's chat template, or name another model in "
-        "corpus.server_model. No text was kept: the same command then asks again"
+        "others are likely to have none. Raise corpus.max_new_tokens if the model thinks before it answers; otherwise "
+        "ask the server a question by hand, start it with the model's chat template, or name another model in "
+        "corpus.server_model. These answers are not kept: the same command asks again"
     )
 
 

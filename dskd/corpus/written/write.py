@@ -5,6 +5,7 @@ same texts, and a resumed run too. `corpus.batch_size` can change them: in anoth
 probabilities differ. A server's texts differ each time.
 """
 
+import contextlib
 import time
 from typing import Any
 
@@ -55,8 +56,9 @@ def _server_of_recipe(config: Config) -> str:
     assert url is not None, "called only if corpus.server is set"
     shown = shown_url(url)
     if shown != url and (folder / MANIFEST_NAME).is_file():
-        before = read_manifest(folder, kinds.WRITTEN.name).config.get("server")
-        return url if before == url else shown
+        with contextlib.suppress(UserError):  # a damaged one is not up to date anyway
+            if read_manifest(folder, kinds.WRITTEN.name).config.get("server") == url:
+                return url
     return shown
 
 
