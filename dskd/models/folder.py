@@ -244,7 +244,7 @@ def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool =
         if (folder / ADAPTER_CONFIG).is_file():
             hint = f" (there is {ADAPTER_CONFIG}: this is a LoRA adapter; merge it into its base model, and save that)"
         problems.append(f"there are no weights: neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX}{hint}")
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         problems.append(f"there is no tokenizer: neither {' nor '.join(_TOKENIZER_FILES)}")
     weights = sorted(file.name for file in folder.glob("model*.safetensors*"))
     for name in ("config.json", *_TOKENIZER_FILES, *weights):
@@ -256,6 +256,11 @@ def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool =
     if problems:
         raise UserError(listed(f"{named_by}: {folder} is not a Hugging Face model folder", problems))
     read_model_config(folder, named_by=named_by, trust_remote_code=trust_remote_code)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Returns True if a folder has the files of a tokenizer."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def load_tokenizer(folder: Path, *, named_by: str = "", trust_remote_code: bool = False) -> Any:
