@@ -335,6 +335,10 @@ def test_an_override_that_is_not_yaml_is_not_repeated_if_it_may_hold_a_key(tmp_p
         with pytest.raises(UserError) as error:
             load_config(write_yaml(tmp_path, MINIMAL), [override])
         assert "sekret" not in str(error.value)
+    (tmp_path / "bad.yaml").write_text("corpus:\n  server: http://me:sekret@host: 8000\n")
+    with pytest.raises(UserError, match=r"mapping values are not allowed here\n  line 2, column 32") as error:
+        load_config(tmp_path / "bad.yaml")
+    assert "sekret" not in str(error.value)
     with pytest.raises(UserError, match="found another value") as error:
         load_config(write_yaml(tmp_path, {**MINIMAL, "corpus": {"source": "teacher", "server": ["sekret"]}}))
     assert "sekret" not in str(error.value)

@@ -8,12 +8,13 @@ import http.client
 import itertools
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import requests
 from requests import Response, Session
@@ -82,6 +83,10 @@ class Connection:
                 f"the environment variable {SERVER_KEY_VARIABLE} has a space, a line break or a character that is not "
                 "ASCII, so no server can get it as a key; set it again, to the key alone"
             )
+        # Each character of the key as it is, after backslashes as JSON may write it, or as URLs and JSON can escape it.
+        self._spellings = re.compile(
+            "".join(rf"\\*(?:{re.escape(each)}|(?i:(?:%|u00){ord(each):02x}))" for each in self._key)
+        )
         self._proxy_variable = _proxy_variable(self._url)
         self._is_down = False
         self._answered: set[str] = set()  # the methods: a server can list its models and still not write
@@ -90,12 +95,7 @@ class Connection:
 
     def hidden(self, text: str) -> str:
         """Returns a text for a message: with *** for the key, also where it is escaped for JSON or a URL."""
-        if self._key:
-            escaped = json.dumps(self._key)[1:-1]
-            spellings = {self._key, escaped, json.dumps(escaped)[1:-1], quote(self._key, safe=""), quote(self._key)}
-            for spelling in sorted(spellings, key=len, reverse=True):
-                text = text.replace(spelling, "***")
-        return text
+        return self._spellings.sub("***", text) if self._key else text
 
     def request(
         self,
