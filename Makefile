@@ -19,6 +19,8 @@
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONFIG ?=
+# The shell reads it from its environment: within a command its quotes and dollars would be commands too.
+export CONFIG
 # A folder that `make wheels` made: pip installs from there, and fetches nothing.
 WHEELS ?=
 ifneq ($(WHEELS),)
@@ -39,14 +41,15 @@ PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs $(ARGS
 # The config is CONFIG or the quickstart, and a toy if the quickstart's teacher cannot be fetched. Other errors, such as a
 # full disk, end it.
 quickstart: env wordnet
-	@config="$(CONFIG)"; if [ -z "$$config" ]; then config=configs/quickstart.yaml; \
+	@config=$$CONFIG; if [ -z "$$config" ]; then config=configs/quickstart.yaml; \
 		{ said=$$($(PY) -m dskd smollm2 2>&1 >&3) || { code=$$?; \
 			why=$$(printf '%s\n' "$$said" | sed -n 's/^error: \(SmolLM2 cannot be fetched\)/\1/p' | tail -n 1); \
 			[ -n "$$why" ] || { printf '%s\n' "$$said" >&2; exit $$code; }; \
 			config=configs/toy.yaml; \
 			printf '%s\n' "make: $$why; instead, $$config runs, with a small teacher trained from scratch" >&2; }; \
 		} 3>&1; fi; \
-	echo "$(PY) launcher/pipeline.py --config $$config"; $(PY) launcher/pipeline.py --config "$$config"
+	echo "$(PY) launcher/pipeline.py --config '$$(printf '%s' "$$config" | sed "s/'/'\\\\''/g")'"; \
+	$(PY) launcher/pipeline.py --config "$$config"
 
 smollm2: env
 	@$(PY) -m dskd smollm2
@@ -148,7 +151,7 @@ wordnet: env
 			dpkg-deb -x wordnet-base_*.deb wordnet-base && mkdir -p share && \
 			cp -r wordnet-base/usr/share/wordnet share/ && cp wordnet-base/usr/share/doc/wordnet-base/copyright share/wordnet/; \
 			rm -rf wordnet-base wordnet-base_*.deb; \
-		fi; cd $(CURDIR) && $(PY) -m dskd wordnet; }
+		fi; cd "$(CURDIR)" && $(PY) -m dskd wordnet; }
 
 # A test opens the report of `dskd compare` in a browser. If none can be installed, it is skipped with the reason.
 browser:

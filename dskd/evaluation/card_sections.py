@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dskd.corpus.tasks.benchmarks import BENCHMARKS
+from dskd.training.exporting.card import HELD_OUT as HELD_OUT_TEXT
 
 _Measures = Mapping[str, Any]  # the content of measures.json
 
@@ -32,14 +33,19 @@ def of_benchmark(name: str) -> CardSection:
     )
 
 
+def _readable(value: float) -> str:
+    """Returns a number with four digits, and without an exponent if it is large."""
+    return f"{float(f'{value:.4g}'):,.0f}" if 1e4 <= value < 1e15 else f"{value:.4g}"
+
+
 def _with_error(value: float, error: float | None, factor: float = 1) -> str:
     return f"{value:.4g}" + (f" ± {factor * error:.2g}" if error is not None else "")
 
 
 HELD_OUT = CardSection(
-    "held-out-text",
+    HELD_OUT_TEXT,
     lambda measures: "Held-out text",
-    lambda measures: {name.replace("_", " "): f"{value:.4g}" for name, value in measures.items()},
+    lambda measures: {name.replace("_", " "): _readable(value) for name, value in measures.items()},
     lambda measures: {name: measures[name] for name in ("perplexity", "accuracy") if name in measures},
 )
 LEXICAL = CardSection(

@@ -28,6 +28,9 @@ from dskd.models.tokenizing import require_known
 
 CONTINUATIONS_TABLE, CONTINUATIONS_TEXT = "samples.json", "samples.md"
 _PROMPT, _TEXT = "prompt", "the text itself"
+# A text is shown if each of its halves has so many tokens: the model can tell from the first what it is about.
+_LEAST_TOKENS = 5
+_ROWS_FOR_A_SAMPLE = 16  # of which one is likely to begin with such a text
 
 
 @dataclass(frozen=True)
@@ -97,21 +100,35 @@ class Prompts:
         rows = padded([[*request.tokens, *room] for request in requests])
         return cls(rows, lengths, lengths, added, [request.text for request in requests])
 
+    @staticmethod
+    def num_rows(config: Config) -> int:
+        """Returns how many validation samples :meth:`of` chooses from."""
+        return max(1, _ROWS_FOR_A_SAMPLE * config.evaluation.samples)
+
     @classmethod
     def of(cls, config: Config, batch: Mapping[str, torch.Tensor]) -> "Prompts":
         """Takes the first document of each of the first rows of `batch`, which are collated validation samples.
 
-        If it is a chat, this is its part up to the end of its first answer, and the prompt is what precedes the answer.
+        Rows whose first document is a text too short to continue, or has no targets, are used only if there are not
+        enough others.
+
+        If the document is a chat, this is its part up to the end of its first answer, and the prompt is what precedes
+        the answer.
         """
         count = config.evaluation.samples
-        input_ids, mask = batch["input_ids"][:count].long().cpu(), batch["loss_mask"][:count].cpu()
+        input_ids, mask = batch["input_ids"].long().cpu(), batch["loss_mask"].cpu()
         if "position_ids" in batch:  # a later position 0 begins the next document
-            mask = mask & (batch["position_ids"][:count].cpu() == 0).cumsum(dim=1).le(1)
+            mask = mask & (batch["position_ids"].cpu() == 0).cumsum(dim=1).le(1)
         # A document has a target at every token but its last; a chat, at every token of an answer.
         first = mask.long().argmax(dim=1)  # 0 also for a row without any target
         answer = (mask | (torch.arange(mask.shape[1]) < first[:, None])).long().cumprod(dim=1).sum(dim=1) + 1
         document_lengths = answer.where(mask.any(dim=1), 1)
         prompt_lengths = (first + 1).where(first > 0, document_lengths // 2).clamp(min=1)
+        is_long = (first > 0) | (torch.minimum(prompt_lengths, document_lengths - prompt_lengths) >= _LEAST_TOKENS)
+        chosen = (~is_long).long().argsort(stable=True)[:count].sort().values
+        input_ids, prompt_lengths, document_lengths = (
+            values[chosen] for values in (input_ids, prompt_lengths, document_lengths)
+        )
         room = input_ids.shape[1] - int(prompt_lengths.max()) if count else 0
         return cls(input_ids, prompt_lengths, document_lengths, max(1, min(config.evaluation.sample_tokens, room)))
 
@@ -158,8 +175,10 @@ def write_continuations(
             columns[_TEXT].append(tokenizer.decode(rest, skip_special_tokens=True))
     if (table := read_file(teachers, CONTINUATIONS_TABLE)) is not None:
         written = json.loads(table)
-        index = written["columns"].index("teacher")
-        columns["teacher"] = [row[index] for row in written["data"]]  # overwritten below if this model is the teacher
+        prompt, index = written["columns"].index(_PROMPT), written["columns"].index("teacher")
+        of_teacher = {row[prompt]: row[index] for row in written["data"]}
+        # An earlier version may have let the teacher continue other texts. Overwritten below if this is the teacher.
+        columns["teacher"] = [of_teacher.get(text, "") for text in columns[_PROMPT]]
     columns[name] = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in continuations]
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     write_json(folder / CONTINUATIONS_TABLE, {"columns": list(columns), "data": rows})

@@ -189,7 +189,7 @@ class HeldOutText:
 
     def prompts(self, config: Config) -> continued_texts.Prompts:
         """Returns the prompts that the models continue."""
-        first = range(max(1, min(config.evaluation.samples, self.num_samples)))
+        first = range(min(continued_texts.Prompts.num_rows(config), self.num_samples))
         return continued_texts.Prompts.of(config, shards.collate_tokens([self._dataset[index] for index in first]))
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:

@@ -46,7 +46,7 @@ TERMS = (
         "divergence from the teacher (nats)",
         needs="kd_weight",
         weight="kd_weight",
-        formula="T² × {divergence}, T = {temperature:g}",
+        formula="T² × {divergence} (T = {temperature:g})",
     ),
     Term(
         "sense",

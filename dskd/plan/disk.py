@@ -56,7 +56,7 @@ def compute_disk(
     return Disk(
         states * hidden_size * VALUE_BYTES,
         dictionary_rows(config, architecture) * hidden_size * VALUE_BYTES,
-        FLOAT32_BYTES * sum(weight.numel() for weight in architecture.build().parameters()) if is_gguf else 0,
+        FLOAT32_BYTES * architecture.numel() if is_gguf else 0,
         student.whole_numel * (FLOAT32_BYTES if is_gguf and is_cut else size),
         sample_bytes_of(config, stored),
         states_bytes(config, stored),

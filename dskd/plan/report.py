@@ -124,7 +124,7 @@ def _headline(plan: Plan) -> str:
     return "\n".join(
         [
             f"Teacher: {plan.architecture.named_by.rpartition(': ')[2]}, {values['num_hidden_layers']} layers, "
-            f"{(plan.teacher.numel + values['vocab_size'] * values['hidden_size']) / 1e9:.2f} billion parameters; "
+            f"{plan.architecture.numel() / 1e9:.2f} billion parameters; "
             f"{loaded}",
             f"Student: {len(student.layers)} layers, {student.whole_numel / 1e9:.2f} billion parameters, "
             f"{student.shapes.trained_numel / 1e9:.3f} of them trained; {trunk}",

@@ -59,7 +59,7 @@ def plan_writing(config: Config, cluster: Cluster, architecture: Architecture, t
     values, size = architecture.values(), cluster.dtype(config.precision).itemsize
     batch = min(corpus.batch_size, -(-texts // cluster.world_size)) if texts else corpus.batch_size
     # Bytes that a pass reads: the weights, and keys and values of the tokens so far, on average half of the new ones.
-    numel = sum(weight.numel() for weight in architecture.build().parameters())
+    numel = architecture.numel()
     cache = 2 * architecture.key_value_width() * size * values["num_hidden_layers"]  # of a token
     read = numel * size + batch * cache * (_PROMPT_TOKENS + new / 2)
     # Seconds of a pass that writes one token of each text in the batch, by what they are spent on.

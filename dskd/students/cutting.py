@@ -31,6 +31,8 @@ from dskd.students.pruned_teacher import can_be_compared, compare_with_pruned_te
 from dskd.students.spacing import as_text, choose_layers, num_removed_layers, settings_of
 
 _NOT_COPIED = ("config.json", WEIGHTS_INDEX, "manifest.json", ADAPTER_CONFIG, "hf_quant_config.json")
+# Keys of config.json that say where transformers found a model: in a folder, or what a GGUF file calls it.
+_PLACES = ("_name_or_path", "_model_name_or_path")
 _LOADED_ELEMENTS = 2**30  # a student with at most this many parameters is loaded as a test
 
 
@@ -80,8 +82,10 @@ def build_cut_student(config: Config, teacher: ModelFolder) -> None:
 
 
 def without_place(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of a config.json without the path of a machine from which the model was loaded once."""
-    return {key: value for key, value in values.items() if key != "_name_or_path"}
+    """Returns the values of a config.json without the path from which the model was loaded once, or the name of a GGUF
+    file.
+    """
+    return {key: value for key, value in values.items() if key not in _PLACES}
 
 
 def copy_other_files(source: ModelFolder, target: Path) -> None:

@@ -5,7 +5,7 @@ from tiny_models import save_model
 
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.models.folder import find_teacher
+from dskd.models.folder import find_teacher, find_tokenizer_folder
 
 
 def _teacher(tmp_path, **options):
@@ -46,3 +46,11 @@ def test_the_digest_of_a_teacher_follows_its_content(tmp_path):
     other = find_teacher(_teacher(tmp_path))
     assert first.digest == again.digest != other.digest
     assert first.tokenizer_digest == other.tokenizer_digest
+
+
+def test_a_folder_without_a_tokenizer_is_named_with_its_key(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(
+        UserError, match=rf"^teacher\.tokenizer: {tmp_path}: there is no tokenizer: neither tokenizer.jso"
+    ):
+        find_tokenizer_folder(str(tmp_path))

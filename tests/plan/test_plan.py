@@ -9,7 +9,7 @@ import pytest
 from plans import LLAMA, MACHINES, SMALL, STORED, cluster_of, config_of, shapes_file
 from repository import REPOSITORY
 from tiny_models import save_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.flops import Shape, step_flops
 from dskd.artifacts.building import build_artifact
@@ -135,11 +135,20 @@ def test_a_step_is_as_fast_as_the_disk_delivers_its_stored_states(tmp_path):
     [
         ({}, ("'nobody/nothing'", "cannot be fetched", "--teacher-config FILE")),
         ({"path": "./nothing"}, ("there is no folder ./nothing", "--teacher-config FILE")),
+        ({"path": "notes.txt"}, ("notes.txt is a file; name a Hugging Face model folder, or a GGUF file",)),
+        (
+            {"path": "folder"},
+            ("there is no config.json (there is x.gguf: name that file, teacher.path: folder/x.gguf)",),
+        ),
     ],
 )
 def test_a_teacher_that_cannot_be_found_is_named_with_the_option_that_helps(tmp_path, monkeypatch, dskd, change, parts):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x.gguf").touch()
     config_of(tmp_path, **change)
     code, _, error = dskd("plan", "--config", tmp_path / "config.yaml", *MACHINES)
     assert code == 2
@@ -282,3 +291,21 @@ def test_layers_chosen_by_importance_are_those_of_the_cut_student_and_until_then
     assert plan_student(config, Architecture(json.dumps(LLAMA), "llama")).layers == [0, 2, 3]
     code, _, error = _planned_states(tmp_path, dskd, *options, "student.layers=4")
     assert code == 2 and "student.layers keeps all of the teacher's 4" in error
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings_are_counted_once(tied):
+    values = LLAMA | {"tie_word_embeddings": tied}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**values))
+    assert Architecture(json.dumps(values), "llama").numel() == model.num_parameters()
+
+
+def test_a_plan_shows_how_many_parameters_the_teacher_has(tmp_path, dskd):
+    file = tmp_path / "config.json"
+    large = {"vocab_size": 49152, "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}
+    file.write_text(
+        json.dumps(LLAMA | large | {"intermediate_size": 1536, "num_hidden_layers": 30, "tie_word_embeddings": True})
+    )
+    config_of(tmp_path)
+    _, printed, _ = dskd("plan", "--config", tmp_path / "config.yaml", "--teacher-config", file, *MACHINES)
+    assert "30 layers, 0.13 billion parameters" in printed

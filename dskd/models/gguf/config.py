@@ -82,6 +82,7 @@ def read_config(file: GgufFile) -> Any:
         raise UserError(f"teacher.path: {file.path}: transformers cannot read it ({reason_of(error)})") from None
     config.vocab_size = rows  # not all architectures have a key for it
     config._name_or_path = ""
+    vars(config).pop("_model_name_or_path", None)  # where transformers puts general.name
     if tokens and tokens != rows:
         raise UserError(
             f"teacher.path: {file.path}: its keys say {tokens:,} tokens, but there are {rows:,} embeddings; the file "

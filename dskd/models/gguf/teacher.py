@@ -125,7 +125,9 @@ def _find_tokenizer(config: Config, file: GgufFile) -> tuple[Any, str]:
     if named is None:
         kind = " ".join(str(file.values[key]) for key in _TOKENIZER_KIND if key in file.values)
         return build_tokenizer(file), f"built from the file ({kind})"
-    tokenizer = load_tokenizer(find_tokenizer_folder(named), trust_remote_code=config.teacher.trust_remote_code)
+    tokenizer = load_tokenizer(
+        find_tokenizer_folder(named), named_by="teacher.tokenizer", trust_remote_code=config.teacher.trust_remote_code
+    )
     found = compare_tokenizers(tokenizer, file, named)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = file.value("tokenizer.chat_template", str)

@@ -20,8 +20,14 @@ from dskd.models.folder import MODEL_CARD_NAME
 from dskd.students.spacing import as_text
 from dskd.training.exporting.licences import is_link, licence_link, obligations
 
+HELD_OUT = "held-out-text"  # the name of the evaluated data in the results on held-out text
 FACTS = "card"  # of the export's manifest, see :mod:`dskd.training.exporting.card_facts`
 _TEMPLATE = "card.md.jinja"
+_WORDNET = (
+    "WordNet's data is under Princeton University's WordNet licence "
+    "(https://wordnet.princeton.edu/license-and-commercial-use), with this notice: WordNet 3.0 Copyright 2006 by "
+    "Princeton University. All rights reserved. It is provided “as is”, without warranties of any kind."
+)
 _TAGS = ["dskd", "knowledge-distillation"]
 _VERSIONS = ("dskd", "torch", "deepspeed", "transformers", "tokenizers")
 _TEXTS = {
@@ -111,7 +117,7 @@ def _head(run: str, card: Mapping[str, Any], results: Sequence[Result]) -> Any:
         EvalResult(
             task_type="text-generation",
             dataset_type=result.data,
-            dataset_name=result.title,
+            dataset_name=_dataset_name(result, card),
             metric_type=name,
             metric_value=float(f"{score:.6g}"),
         )
@@ -130,6 +136,13 @@ def _head(run: str, card: Mapping[str, Any], results: Sequence[Result]) -> Any:
         model_name=run if scores else None,
         eval_results=scores or None,
     )
+
+
+def _dataset_name(result: Result, card: Mapping[str, Any]) -> str:
+    """Returns the name of what was evaluated: of held-out text, with that of the dataset from which it was held out."""
+    text = card.get("text", {})
+    dataset = text.get("dataset") or ("WordNet" if text.get("source") == "wordnet" else None)
+    return f"{result.title} of {dataset}" if result.data == HELD_OUT and dataset else result.title
 
 
 def _plain(text: Any) -> str:
@@ -283,7 +296,7 @@ def _licence(card: Mapping[str, Any]) -> list[str]:
             )
     source = card.get("text", {}).get("source")
     if source == "wordnet" or any(name.startswith("wordnet") for name in card.get("lexicon", {})):
-        paragraphs.append("WordNet's data is under Princeton University's WordNet licence.")
+        paragraphs.append(_WORDNET)
     return paragraphs
 
 

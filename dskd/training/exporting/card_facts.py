@@ -17,6 +17,7 @@ from dskd.console import warn
 from dskd.errors import UserError, first_line
 from dskd.models.digests import digest_cache, digest_of_model
 from dskd.models.folder import ModelFolder, check_model_folder, find_teacher
+from dskd.models.gguf.known_files import HUB_NAMES
 from dskd.students.student import origin_of
 from dskd.training.checkpoint import Checkpoint
 from dskd.training.exporting.licences import is_link, licence_in_card, licence_link, one_line
@@ -157,8 +158,8 @@ def describe_teacher(config: Config, teacher: ModelFolder) -> dict[str, Any]:
     | key | meaning |
     |---|---|
     | `origin` | `scratch` (trained by the pipeline), `gguf`, `hub` or `folder` |
-    | `name` | its name on the hub or in the GGUF file |
-    | `base_model` | names on the hub that a model card may give: its own, or those that the GGUF file names |
+    | `name` | its name on the hub or in the GGUF file; that of a known GGUF file without the organisation |
+    | `base_model` | names on the hub that a card may give: its own, if it is known, or those that the GGUF file names |
     | `derived_from` | names, in the GGUF file, of the models that it was made from |
     | `revision`, `organization`, `url` | if they are known |
     | `license`, `license_name`, `license_link` | as model cards have them, if its files say so |
@@ -170,8 +171,10 @@ def describe_teacher(config: Config, teacher: ModelFolder) -> dict[str, Any]:
     if config.teacher.path is None:
         facts |= {"origin": "scratch"}
     elif config.teacher.is_gguf:
-        provenance = read_manifest(teacher.path, kinds.TEACHER.name).facts.get("provenance", {})
-        facts |= {"origin": "gguf", **_of_gguf(provenance)}
+        manifest = read_manifest(teacher.path, kinds.TEACHER.name)
+        facts |= {"origin": "gguf", **_of_gguf(manifest.facts.get("provenance", {}))}
+        if (known := HUB_NAMES.get(manifest.inputs["gguf"])) is not None:
+            facts |= {"name": known.partition("/")[2], "base_model": [known]}
     elif (name := _name_on_hub(config.teacher.path, teacher.path)) is not None:
         facts |= {"origin": "hub", "name": name, "base_model": [name], "revision": config.teacher.revision}
         facts |= licence_in_card(teacher.path)

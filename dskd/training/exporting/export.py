@@ -30,7 +30,7 @@ from dskd.tracking import forget_unlogged, log_export, note_unlogged, read_unlog
 from dskd.training import checkpoint
 from dskd.training.exporting import card
 from dskd.training.exporting.card_facts import collect_facts, find_source_teacher
-from dskd.training.exporting.files import copy_files, copy_licences
+from dskd.training.exporting.files import add_licence_texts, copy_files, copy_licences
 
 
 def recipe(source: checkpoint.Checkpoint) -> Recipe:
@@ -109,6 +109,7 @@ def _build(config: Config, source: checkpoint.Checkpoint, student: ModelFolder, 
                 **{card.FACTS: collect_facts(config, source, student, teacher)},
             )
             copy_licences(student, teacher, building.folder)
+            add_licence_texts(building.facts[card.FACTS], building.folder)
             text = card.render_card(as_json(building.facts), package_versions())
             card.write_card(building.folder, text)
             if config.tracking.enabled and config.tracking.log_model:

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from dskd.artifacts import kinds
 from dskd.artifacts.hashing import MANIFEST_NAME
@@ -14,8 +16,10 @@ from dskd.models.generation import GENERATION_CONFIG, answer_ends, as_list, gene
 from dskd.models.weights import WEIGHTS_INDEX
 from dskd.students.cutting import without_place
 from dskd.students.student import origin_of
+from dskd.training.exporting.licences import licence_text
 
 _LARGEST_NOTICE = 2**20  # bytes
+_TERMS_OF_APACHE = b"TERMS AND CONDITIONS FOR USE, REPRODUCTION, AND DISTRIBUTION"  # in its text, and no notice of it
 # Keys of tokenizer_config.json with paths from which a tokenizer was loaded once.
 _PLACES = ("name_or_path", "special_tokens_map_file")
 
@@ -87,14 +91,32 @@ def copy_licences(student: ModelFolder, teacher: ModelFolder | None, target: Pat
         copy_notices(teacher.path, target, of="teacher")
 
 
+def add_licence_texts(facts: Mapping[str, Any], target: Path) -> None:
+    """Writes the text of the licences that an export is under and that this package has, unless a copied file has it.
+
+    `facts` are those of :func:`dskd.training.exporting.card_facts.collect_facts`. The file is `LICENSE`, or
+    `LICENSE-of-teacher` or `LICENSE-of-student` if the other model has another licence of this name.
+    """
+    for name in ("teacher", "student"):
+        text = licence_text(facts.get(name, {}))
+        present = [file for file in target.iterdir() if _is_licence(file)]
+        if text is None or any(_TERMS_OF_APACHE in file.read_bytes() for file in present):
+            continue
+        file = target / "LICENSE"
+        (file if not file.exists() else file.with_name(f"LICENSE-of-{name}")).write_bytes(text)
+
+
+def _is_licence(file: Path) -> bool:
+    return any(fnmatchcase(file.name, pattern) for pattern in LICENCE_FILES) and file.is_file()
+
+
 def copy_notices(source: Path, target: Path, *, of: str) -> None:
     """Copies the licences and notices of a model's folder; copies of the model have to come with them.
 
     If another file of the same name is there already, the copy's name says whose it is, such as `LICENSE-of-teacher`.
     """
     for file in sorted(source.iterdir()):
-        is_licence = any(fnmatchcase(file.name, pattern) for pattern in LICENCE_FILES)
-        if not is_licence or not file.is_file() or file.stat().st_size > _LARGEST_NOTICE:
+        if not _is_licence(file) or file.stat().st_size > _LARGEST_NOTICE:
             continue
         copy = target / file.name
         if copy.exists() and copy.read_bytes() != file.read_bytes():

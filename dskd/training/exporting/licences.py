@@ -5,6 +5,7 @@ What the files do not say is not guessed.
 
 import re
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ _LLAMA = (
     "where the model is made available; let the model's name begin with “{prefix}”; and follow the acceptable use "
     "policy"
 )
+_APACHE = "https://www.apache.org/licenses/LICENSE-2.0"
 # {licence's id on the hub: (its name, what it asks of copies of a changed model)}.
 _OBLIGATIONS = {
     "apache-2.0": (
         "the Apache License 2.0",
-        "with every copy, give a copy of the licence, keep the teacher's notices (also those of its file `NOTICE`, if "
-        "it has one), and state that the model was changed, as this card does",
+        f"with every copy, give a copy of the licence ({_APACHE}), keep the teacher's notices (also those of its file "
+        "`NOTICE`, if it has one), and state that the model was changed, as this card does",
     ),
     "mit": ("the MIT License", "with every copy, keep the teacher's copyright notice and the text of the licence"),
     "llama2": (
@@ -65,6 +67,16 @@ def obligations(facts: Mapping[str, Any]) -> tuple[str, str | None]:
         if licence in _OBLIGATIONS:
             return _OBLIGATIONS[licence]
     return (ids[-1] if ids else ""), None
+
+
+def licence_text(facts: Mapping[str, Any]) -> bytes | None:
+    """Returns the text of a model's licence if this package has it, which it does of Apache 2.0; otherwise None.
+
+    `facts` are as in :func:`obligations`.
+    """
+    if str(facts.get("license")).lower() != "apache-2.0":
+        return None
+    return resources.files(__package__).joinpath("apache-2.0.txt").read_bytes()
 
 
 def licence_in_card(folder: Path) -> dict[str, Any]:

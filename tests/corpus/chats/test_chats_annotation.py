@@ -79,7 +79,7 @@ def test_the_loss_mask_of_shards_is_that_of_the_answers(copy_of_tiny, tiny, worl
     assert with_senses <= targets["train"]
 
 
-def _prompts(rows, starts=None):
+def _prompts(rows, starts=None, count=None):
     """The prompts of rows given by their masks; tokens count up from 0."""
     samples = [
         {
@@ -90,7 +90,7 @@ def _prompts(rows, starts=None):
         }
         for row, start in zip(rows, starts or ["1" + "0" * (len(row) - 1) for row in rows], strict=True)
     ]
-    config = Config(workdir="x", teacher={"path": "y"}, evaluation={"samples": len(rows), "sample_tokens": 3})
+    config = Config(workdir="x", teacher={"path": "y"}, evaluation={"samples": count or len(rows), "sample_tokens": 3})
     return Prompts.of(config, collate_tokens(samples))
 
 
@@ -110,3 +110,15 @@ def test_a_sample_continues_a_text_from_its_half_and_a_chat_from_its_first_answe
     prompts = _prompts([row, "1111111110"], [start, "1000000000"])
     assert (int(prompts.prompt_lengths[0]), int(prompts.document_lengths[0])) == (prompt, document)
     assert (int(prompts.prompt_lengths[1]), int(prompts.document_lengths[1])) == (5, 10)
+
+
+def test_a_text_whose_half_says_next_to_nothing_is_shown_only_if_there_is_no_other():
+    short, long, empty, chat = "1111111100000", "1111111111110", "0000000000000", "0000000110000"
+    for rows, count, chosen in (
+        ([short, empty, long, short, long], 2, [6, 6]),
+        ([short, long, empty], 2, [4, 6]),
+        ([short, chat, long], 2, [8, 6]),
+    ):
+        prompts = _prompts(rows, count=count)
+        assert prompts.prompt_lengths.tolist() == chosen
+        assert len(prompts.input_ids) == len(prompts.document_lengths) == count

@@ -75,7 +75,9 @@ def test_a_generation_ends_where_the_file_and_its_template_say(tmp_path):
     assert AutoTokenizer.from_pretrained(folder).eos_token_id == 0
     _, folder = build_gguf(write_gguf(tmp_path / "model.gguf").path)
     assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == 2
-    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 2
+    values = json.loads((folder / "config.json").read_text())
+    assert values["eos_token_id"] == 2
+    assert "_model_name_or_path" not in values  # the name in the file
 
 
 def test_the_manifest_says_where_the_teacher_comes_from(tmp_path):

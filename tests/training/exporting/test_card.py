@@ -11,6 +11,8 @@ from tiny_models import save_model
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Manifest, Recipe
 from dskd.config import Config, LossConfig
+from dskd.evaluation.card_sections import HELD_OUT
+from dskd.models import smollm2
 from dskd.models.digests import digest_of_model
 from dskd.models.folder import ModelFolder
 from dskd.training.checkpoint import Checkpoint
@@ -77,13 +79,15 @@ def test_the_card_has_what_the_manifest_says(tmp_path):
         "its layers 0, 1, 28, 29 of 30, counted from 0; trained: the last 2 layers, the final norm",
         "WordNet's definitions and examples; a corpus of 1,234 documents",
         "wordnet (10 synonym pairs, 2 antonym pairs); own lists (3 synonym pairs, 0 antonym pairs)",
-        "1 × cross-entropy with the next token + 10 × T² × KL(teacher ‖ student), T = 2 + 1 × sense loss "
+        "1 × cross-entropy with the next token + 10 × T² × KL(teacher ‖ student) (T = 2) + 1 × sense loss "
         "(form: distance) + 20 × squared distance to the teacher's last hidden state",
         "40 steps of 16 sequences of up to 128 tokens (81,920 in all, at most)",
         "dskd 0.1.0, torch 2.9.0\n",
         "\n\nNot evaluated yet.\n\n## Licence\n",
         "The teacher is under the Apache License 2.0, which applies to this model too",
         "state that the model was changed",
+        "give a copy of the licence (https://www.apache.org/licenses/LICENSE-2.0)",
+        "licence (https://wordnet.princeton.edu/license-and-commercial-use), with this notice: WordNet 3.0 Copyright",
         "arXiv:2602.22351",
     ):
         assert part in text, part
@@ -109,6 +113,25 @@ def test_results_are_in_the_text_and_in_the_head(tmp_path):
     assert data.model_name == "kd"
     found = {(result.dataset_type, result.metric_type): result.metric_value for result in data.eval_results}
     assert found == {("held-out-text", "perplexity"): 20.25, ("held-out-text", "accuracy"): 0.4}
+    assert {result.dataset_name for result in data.eval_results} == {"Held-out text of WordNet"}
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ({"source": "huggingface", "dataset": "org/texts", "documents": 1}, "Held-out text of org/texts"),
+        ({"source": "files", "documents": 1}, "Held-out text"),
+    ],
+)
+def test_held_out_text_has_the_name_of_its_dataset_if_that_is_known(tmp_path, text, name):
+    result = Result("Held-out text", ["this model"], [], "held-out-text", {"perplexity": 20.25})
+    data, _ = _card(tmp_path, _facts(text=text), results=[result])
+    assert [result.dataset_name for result in data.eval_results] == [name]
+
+
+def test_large_numbers_have_no_exponent():
+    values = {"perplexity": 28_693_210.6, "kl_from_teacher": 0.123456, "accuracy": 0.00001}
+    assert HELD_OUT.rows(values) == {"perplexity": "28,690,000", "kl from teacher": "0.1235", "accuracy": "1e-05"}
 
 
 @pytest.mark.parametrize("has_template", [True, False])
@@ -283,3 +306,20 @@ def test_a_local_teacher_has_no_name_and_the_licence_that_its_card_has_if_any(tm
         "layers": 4,
     }
     assert _teacher(tmp_path, None, "---\nlicense: [mit]\n---\n")["license"] == "mit"
+
+
+@pytest.mark.parametrize(
+    ("sha256", "name", "base"),
+    [(smollm2.SHA256, "SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("0" * 64, "Odd name", None)],
+)
+def test_a_gguf_file_that_is_known_by_its_content_has_the_name_of_its_model(tmp_path, sha256, name, base):
+    with build_artifact(tmp_path / "teacher", Recipe("teacher", {"gguf": sha256}, {})) as building:
+        save_model(building.folder)
+        building.facts["provenance"] = {"name": "Odd name", "license": "apache-2.0"}
+    config = Config(workdir=str(tmp_path / "work"), teacher={"path": "x.gguf"})
+    facts = describe_teacher(config, ModelFolder(tmp_path / "teacher", "", ""))
+    data, text = _card(tmp_path, _facts(facts))
+    assert data.base_model == base
+    assert f"# kd: a student of {name}\n" in text
+    assert ("add `base_model" in text) == (base is None)
+    assert data.license == "apache-2.0"

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from chat_templates import LLAMA, SMOLLM, chat_tokenizer
+from repository import REPOSITORY
 from tiny_models import SHAPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -12,7 +13,7 @@ from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Recipe
 from dskd.models.folder import ModelFolder
 from dskd.training.exporting.export import write_export
-from dskd.training.exporting.files import copy_licences, copy_notices
+from dskd.training.exporting.files import add_licence_texts, copy_licences, copy_notices
 
 QUESTION = [{"role": "user", "content": "What is the opposite of hot?"}]
 
@@ -77,7 +78,7 @@ def test_an_export_has_no_path_from_which_its_models_were_loaded(tmp_path):
     student, tokenizer = _student(tmp_path / "student", SMOLLM)
     secret = "/home/me/secret/model"
     for name, more in (
-        ("config.json", {"_name_or_path": secret}),
+        ("config.json", {"_name_or_path": secret, "_model_name_or_path": secret}),
         ("tokenizer_config.json", {"name_or_path": secret, "special_tokens_map_file": secret}),
     ):
         file = student.path / name
@@ -125,3 +126,26 @@ def test_an_export_of_a_pretrained_student_has_the_licences_of_both_models(tmp_p
     source.rename(tmp_path / "elsewhere")
     copy_licences(student, None, target)
     assert "its licence files are not in the export; add them before you share the model" in capsys.readouterr().err
+
+
+def test_an_export_has_the_text_of_apache_2_unless_a_file_of_a_model_has_it(tmp_path):
+    text = (REPOSITORY / "LICENSE").read_text()
+    facts = {"teacher": {"license": "apache-2.0"}, "student": {"license": "mit"}}
+    for number, (files, names) in enumerate(
+        [
+            ({}, {"LICENSE"}),
+            ({"LICENSE": "MIT"}, {"LICENSE", "LICENSE-of-teacher"}),
+            ({"Licence.txt": text}, {"Licence.txt"}),
+            ({"NOTICE": "Licensed under the Apache License, Version 2.0"}, {"NOTICE", "LICENSE"}),
+        ]
+    ):
+        target = tmp_path / str(number)
+        target.mkdir()
+        for name, content in files.items():
+            (target / name).write_text(content)
+        add_licence_texts(facts, target)
+        assert {file.name for file in target.iterdir()} == names
+        assert [file.read_text() for file in target.iterdir()].count(text) == 1
+    (tmp_path / "other").mkdir()
+    add_licence_texts({"teacher": {"license": "gemma"}, "student": {}}, tmp_path / "other")
+    assert not [*(tmp_path / "other").iterdir()]
