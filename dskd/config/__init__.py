@@ -5,6 +5,7 @@ This file has the top-level keys. One file can describe several training runs th
 
 section     the base class of sections, and the type of paths
 data        the sections `corpus`, `wordnet`, `lexicon`, `senses` and `annotation`
+server_url  the URL of a server that writes texts: its check, and its form for records
 models      the sections `teacher` and `student`
 training    the sections `loss`, `train`, `tracking` and `pipeline`
 evaluation  the sections `evaluation` and `tasks`

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
 from dskd.config.evaluation import TASKS, TaskName
 from dskd.config.section import GB, PathText, Section
+from dskd.config.server_url import SERVER_KEY_VARIABLE, ServerUrl
 
 _KEYS_OF_FILES = ("train", "validation")
 _KEYS_OF_DATASETS = ("dataset", "dataset_config", "dataset_revision", "train_split", "validation_split")
@@ -23,27 +23,6 @@ _KEYS_OF_SOURCES = {
     ("teacher",): WRITING_KEYS,
 }
 LARGEST_BATCH = 256  # texts that are written at one time, and saved together
-
-
-# The environment variable with the key that a server of `corpus.server` asks for. It is in no file.
-SERVER_KEY_VARIABLE = "DSKD_SERVER_KEY"
-
-
-def _url_of_server(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url!r} is not a server URL: expected http://HOST:PORT or https://HOST/PATH")
-    if "@" in parts.netloc:
-        raise ValueError(
-            f"the URL has a user or a password, which manifests and logs would show; write it without, and set the key "
-            f"in the environment variable {SERVER_KEY_VARIABLE}"
-        )
-    if parts.query or parts.fragment:
-        raise ValueError(f"{url!r} has a ? or a #; expected the address alone, such as http://localhost:8000/v1")
-    return url.rstrip("/")
-
-
-ServerUrl = Annotated[str, AfterValidator(_url_of_server)]
 
 # The states of the teacher that shards can store, by the names of their columns.
 TEACHER_STATES, TRUNK_STATES = "teacher_states", "trunk_states"

@@ -22,6 +22,9 @@ _EXPECTED = {
     "string_type": "text",
 }
 
+# Keys whose values are in no message, since they may have a password or a key in them.
+KEYS_WITH_SECRETS = ("corpus.server", "tracking.uri")
+
 # What to do about a key that existed in an earlier version.
 _REMOVED = {
     "annotation.own_among_antonyms": "this key was removed: students trained with it and without it were equal, and "
@@ -85,7 +88,9 @@ def explain(errors: Sequence[Any], data: dict[str, Any]) -> list[tuple[str, str]
             message = str(error["ctx"]["error"])
         else:
             message = _expected(error, location)
-            values[key] = f", found {json.dumps(error['input'], default=str, ensure_ascii=False)}"
+            is_secret = key.startswith(KEYS_WITH_SECRETS)
+            found = "another value" if is_secret else json.dumps(error["input"], default=str, ensure_ascii=False)
+            values[key] = f", found {found}"
             if error["type"] == "string_type" and isinstance(error["input"], (bool, int, float)):
                 values[key] += "; put it in quotes"
         messages = explained.setdefault(key, [])

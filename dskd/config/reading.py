@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from dskd.config import Config
-from dskd.config.messages import explain
+from dskd.config.messages import KEYS_WITH_SECRETS, explain
 from dskd.config.runs import apply_run, merge, with_run, with_seeds
 from dskd.config.yaml_file import load_yaml, read_yaml
 from dskd.errors import UserError, listed
@@ -33,13 +33,15 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     for number, override in enumerate(overrides):
         key, equals, text = override.partition("=")
         if not equals or not key or not all(key.split(".")):
-            problem = f"{override!r}: an override is section.key=value, for example loss.sense_weight=0"
+            problem = f"{_shown_override(override)}: an override is section.key=value, for example loss.sense_weight=0"
             problems.append(((True, number), problem))
             continue
         try:
             _set_dotted(changes, key, load_yaml(text)[0])
         except (yaml.YAMLError, UserError, RecursionError) as error:
-            problems.append(((True, number), f"{override!r}: the value is not YAML ({error})"))
+            shown = _shown_override(override)
+            reason = f" ({error})" if shown == repr(override) else "; put it in quotes"  # the error quotes the value
+            problems.append(((True, number), f"{shown}: the value is not YAML{reason}"))
             continue
         overridden[key] = override
     # Overrides can choose the run, so they are applied before the run's keys are known, and again over those keys.
@@ -69,6 +71,16 @@ def differences(one: Any, other: Any, prefix: str = "") -> Iterator[tuple[str, A
             yield from differences(one.get(key), other.get(key), f"{prefix}.{key}" if prefix else key)
     elif one != other:
         yield prefix, one, other
+
+
+def _shown_override(override: str) -> str:
+    """Returns an override for a message, in quotes; without its value if that may hold a password or a key."""
+    key, equals, text = override.partition("=")
+    for name in KEYS_WITH_SECRETS:
+        section, _, last = name.rpartition(".")
+        if equals and (key == name or (key == section and last in text)):
+            return repr(f"{key}=…")
+    return repr(f"{key.partition('://')[0]}…") if "://" in override else repr(override)
 
 
 def _set_dotted(target: dict[str, Any], dotted: str, value: Any) -> None:
@@ -118,7 +130,7 @@ def _locate(
             text for name, text in overridden.items() if name == prefix or (is_whole and name.startswith(f"{prefix}."))
         ]
         if matching:
-            return (True, overrides.index(matching[0])), f"override {matching[0]!r}: {shown}"
+            return (True, overrides.index(matching[0])), f"override {_shown_override(matching[0])}: {shown}"
         if prefix in lines:
             return (False, lines[prefix]), f"{path}:{lines[prefix]}: {shown}"
     return (False, 0), f"{path}: {shown}"

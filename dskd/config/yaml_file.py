@@ -136,12 +136,20 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except UserError as problem:
         raise UserError(f"{path}: {problem}") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: this is not YAML: {error}") from None
+        raise UserError(f"{path}: this is not YAML: {_without_urls(error)}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected sections like 'teacher:' and 'train:', {_found(data)}")
     # x-NAME holds anchors for the other sections, as in Compose files.
     data = {key: value for key, value in data.items() if not str(key).startswith("x-")}
     return copy.deepcopy(data), lines
+
+
+def _without_urls(error: Exception) -> str:
+    """Returns the message of an error, without the line that it quotes if that has a URL, which may hold a password."""
+    mark = getattr(error, "problem_mark", None)
+    if "://" not in str(error) or mark is None:
+        return str(error)
+    return f"{getattr(error, 'problem', '')}\n  line {mark.line + 1}, column {mark.column + 1}"
 
 
 @functools.lru_cache(maxsize=4)  # a plan that does not fit is computed again with some hundred overrides of one file

@@ -28,6 +28,7 @@ from dskd.corpus.files import Document, read_file
 from dskd.corpus.finding import TextFiles, find_files, fingerprint
 from dskd.corpus.hub import read_dataset
 from dskd.corpus.tasks import documents as tasks
+from dskd.corpus.written.blocks import FILE
 from dskd.corpus.written.judging import Judged, documents_of, judge_texts, write_senses
 from dskd.errors import UserError, shortened
 from dskd.lexicon.wordnet import WordNet, open_wordnet, spelled
@@ -101,21 +102,29 @@ def build_corpus(config: Config) -> None:
                 say(f"  {senses.describe()}")
             for split in SPLITS:
                 if not counts[split]:
+                    more = _more_text(corpus, are_any_kept=any(counts.values()))
                     raise UserError(
                         f"the corpus has no {split} documents (read from {', '.join(sources)}); "
-                        + (
-                            _more_text(corpus)
-                            if split == "train"
-                            else f"{_more_text(corpus)}, or raise corpus.validation_share"
-                        )
+                        + (more if split == "train" else f"{more}, or raise corpus.validation_share")
                     )
             _require_unchanged(before, recipe(config))
             building.facts["documents"] = counts
         say(f"  {counts['train']:,} documents for training, {counts['validation']:,} held out")
 
 
-def _more_text(corpus: CorpusConfig) -> str:
-    return "add text" if corpus.source != "teacher" else "raise corpus.max_senses or corpus.texts_per_sense"
+def _more_text(corpus: CorpusConfig, *, are_any_kept: bool) -> str:
+    """Returns what to do for more documents; `are_any_kept`: there is one at least, in another split."""
+    if corpus.source != "teacher":
+        return "add text"
+    raised = "corpus.texts_per_sense" if corpus.max_senses is None else "corpus.max_senses or corpus.texts_per_sense"
+    if are_any_kept:
+        return f"raise {raised}"
+    return (
+        f"none of the teacher's texts could be used, for the reasons above: look at {FILE} there. Correct the cause "
+        f"(the {'model of the server' if corpus.server else 'teacher'}, its chat template, corpus.max_new_tokens), and "
+        "write all texts again, since finished ones are kept otherwise, with "
+        f"`{'python' if corpus.server else 'deepspeed'} launcher/write_texts.py --config FILE --force`"
+    )
 
 
 def read_texts(config: Config, split: str) -> Iterator[str]:

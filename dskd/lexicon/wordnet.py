@@ -66,12 +66,7 @@ def open_wordnet(path: str | None = None, *, other_languages: bool = False) -> W
     Raises:
         UserError: when there is none (it names the ways to get one), or when the first one is incomplete.
     """
-    import nltk
-
-    # nltk reads only folders below its data path.
-    cache = _cache_folder()
-    if str(cache) not in nltk.data.path:
-        nltk.data.path.append(str(cache))
+    cache = _searched_cache()
     if path is not None:
         folder = Path(path).expanduser()
         missing = _missing_files(folder)
@@ -85,7 +80,7 @@ def open_wordnet(path: str | None = None, *, other_languages: bool = False) -> W
     # Without `path`: nltk's own data first, then a download, and Debian's files last. An earlier copy of the latter
     # makes the download unnecessary, unless other languages need Princeton's.
     in_nltk = _find_in_nltk_data()
-    debian = next((folder for folder in DICTIONARY_FOLDERS if _is_dictionary(folder)), None)
+    debian = _debians_folder()
     copy = None if in_nltk else _earlier_copy(cache, debian)
     if in_nltk is None and (copy is None or other_languages):
         in_nltk = _downloaded(cache)
@@ -103,6 +98,26 @@ def open_wordnet(path: str | None = None, *, other_languages: bool = False) -> W
             "  from another place:  wordnet.path=FOLDER, a folder with WordNet's data.noun, index.noun, …"
         )
     return _open(copy, debian or copy)
+
+
+def needs_no_download(path: str | None = None) -> bool:
+    """Returns True if :func:`open_wordnet` finds a WordNet on this machine; raises its errors for an incomplete one."""
+    cache = _searched_cache()
+    return path is not None or (_find_in_nltk_data() or _earlier_copy(cache, _debians_folder())) is not None
+
+
+def _searched_cache() -> Path:
+    """Returns the cache, after adding it to the folders in which nltk finds data: it reads no others."""
+    import nltk
+
+    cache = _cache_folder()
+    if str(cache) not in nltk.data.path:
+        nltk.data.path.append(str(cache))
+    return cache
+
+
+def _debians_folder() -> Path | None:
+    return next((folder for folder in DICTIONARY_FOLDERS if _is_dictionary(folder)), None)
 
 
 def _open(folder: Path, origin: Path) -> WordNet:

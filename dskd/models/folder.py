@@ -244,7 +244,7 @@ def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool =
         if (folder / ADAPTER_CONFIG).is_file():
             hint = f" (there is {ADAPTER_CONFIG}: this is a LoRA adapter; merge it into its base model, and save that)"
         problems.append(f"there are no weights: neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX}{hint}")
-    if not _has_tokenizer(folder):
+    if not has_tokenizer(folder):
         problems.append(_WITHOUT_TOKENIZER)
     weights = sorted(file.name for file in folder.glob("model*.safetensors*"))
     for name in ("config.json", *_TOKENIZER_FILES, *weights):
@@ -256,6 +256,11 @@ def check_model_folder(folder: Path, *, named_by: str, trust_remote_code: bool =
     if problems:
         raise UserError(listed(f"{named_by}: {folder} is not a Hugging Face model folder", problems))
     read_model_config(folder, named_by=named_by, trust_remote_code=trust_remote_code)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Returns True if a folder has the files of a tokenizer."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def load_tokenizer(folder: Path, *, named_by: str = "", trust_remote_code: bool = False) -> Any:
@@ -328,13 +333,9 @@ def find_tokenizer_folder(name: str) -> Path:
         UserError: when there is no such folder, no such model can be fetched, or it has no tokenizer.
     """
     folder = _local_or_hub("teacher.tokenizer", name, None, CONFIG_AND_TOKENIZER)
-    if not _has_tokenizer(folder):
+    if not has_tokenizer(folder):
         raise UserError(f"teacher.tokenizer: {folder}: {_WITHOUT_TOKENIZER}; name a folder or model that has one")
     return folder
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def gguf_hint(folder: Path, named_by: str) -> str:

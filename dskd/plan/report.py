@@ -21,7 +21,6 @@ _PARTS = {
     "batches": "other data",
     "reserved": "reserved",
 }
-_WITHOUT_TEXTS = "unknown: set corpus.max_senses"
 _WORTHWHILE = 1.5  # how many times as fast a step must be for the plan to describe stored states that are not used
 _ASSUMPTIONS = """\
 Memory is counted from the code that trains, on shapes, each part at its own largest moment; "reserved" is assumed.
@@ -255,9 +254,10 @@ def _writing(plan: Plan, writing: Writing) -> str:
     """Formats what it takes to let the teacher write the text."""
     if writing.is_done:
         return f"The teacher's texts are written: {writing.texts:,}."
+    unknown = f"unknown: {writing.missing}"
     rows = [
-        ["texts", _WITHOUT_TEXTS if writing.texts is None else f"{writing.texts:,}"],
-        ["tokens to write, at most", _WITHOUT_TEXTS if writing.tokens is None else f"{writing.tokens:,}"],
+        ["texts", unknown if writing.texts is None else f"{writing.texts:,}"],
+        ["tokens to write, at most", "unknown" if writing.tokens is None else f"{writing.tokens:,}"],
         ["GFLOPs a written token, with its prompt", f"{writing.flops_per_token / 1e9:.2f}"],
     ]
     if plan.config.corpus.server is not None:
@@ -266,7 +266,7 @@ def _writing(plan: Plan, writing: Writing) -> str:
     what = "GPU" if plan.cluster.device == "cuda" else "rank"
     rows += [
         ["tokens/s of all ranks, if each text has all its tokens", f"{writing.tokens_per_s:,.0f}"],
-        ["hours", _WITHOUT_TEXTS if writing.hours is None else _hours(writing.hours)],
+        ["hours", "unknown" if writing.hours is None else _hours(writing.hours)],
         [f"memory of a {what}, GB", _gb(writing.memory)],
     ]
     lines = [table(("the teacher writes the text", "figure"), rows), f"Its speed is limited by {writing.limit}."]

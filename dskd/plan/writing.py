@@ -6,13 +6,19 @@ takes longer than the computation. It is assumed that every text has all its tok
 for the same rates (a batch waits for its longest text anyway).
 """
 
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 from dskd.artifacts import kinds
 from dskd.artifacts.hashing import MANIFEST_NAME
 from dskd.artifacts.manifest import read_manifest
 from dskd.config import Config
 from dskd.config.data import KEYS_OF_TEXTS
+from dskd.corpus.written.requests import find_senses
+from dskd.errors import UserError, first_line
+from dskd.lexicon.wordnet import needs_no_download, open_wordnet
+from dskd.models.folder import has_tokenizer, load_tokenizer
 from dskd.models.sampling import ROOM
 from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
@@ -33,6 +39,7 @@ class Writing:
 
     is_done: bool
     texts: int | None
+    missing: str  # why the number of texts is unknown, "" if it is not
     tokens: int | None  # to write, at most
     flops_per_token: float  # for each written token, with its share of the prompt
     tokens_per_s: float  # of all ranks
@@ -47,7 +54,7 @@ def plan_writing(config: Config, cluster: Cluster, architecture: Architecture, t
     if corpus.source != "teacher":
         return None
     done = _written_texts(config)
-    texts = done if done is not None else corpus.max_senses and corpus.max_senses * corpus.texts_per_sense
+    texts, missing = (done, "") if done is not None else _texts_to_write(config, architecture.values()["vocab_size"])
     new, length = corpus.max_new_tokens, _PROMPT_TOKENS + corpus.max_new_tokens
     values, size = architecture.values(), cluster.dtype(config.precision).itemsize
     batch = min(corpus.batch_size, -(-texts // cluster.world_size)) if texts else corpus.batch_size
@@ -75,6 +82,7 @@ def plan_writing(config: Config, cluster: Cluster, architecture: Architecture, t
     return Writing(
         done is not None,
         texts,
+        missing,
         tokens,
         flops * length / new,
         tokens_per_s,
@@ -82,6 +90,30 @@ def plan_writing(config: Config, cluster: Cluster, architecture: Architecture, t
         limit,
         round(weights + batch * (cache * length + _LOGITS_BYTES * values["vocab_size"])) + reserved,
     )
+
+
+def _texts_to_write(config: Config, vocab_size: int) -> tuple[int | None, str]:
+    """Returns the number of texts, or None and why it is unknown: nothing is fetched for a plan."""
+    corpus, teacher = config.corpus, config.teacher
+    if corpus.max_senses is not None:
+        return corpus.max_senses * corpus.texts_per_sense, ""
+    folder = config.path(kinds.TEACHER.folder) if teacher.is_made else Path(teacher.path or "").expanduser()
+    if not has_tokenizer(folder):
+        return None, f"set corpus.max_senses, as {folder} has no tokenizer on this machine"
+    try:
+        if not needs_no_download(config.wordnet.path):
+            return None, "set corpus.max_senses, as this machine has no WordNet"
+        senses = _count_senses(folder, teacher.trust_remote_code, config.wordnet.path, vocab_size)
+    except UserError as error:
+        return None, f"set corpus.max_senses, or correct this: {first_line(error)}"
+    return senses * corpus.texts_per_sense, ""
+
+
+@functools.cache  # a plan is made again for every change that may make the job fit
+def _count_senses(folder: Path, trust_remote_code: bool, wordnet: str | None, vocab_size: int) -> int:
+    """Returns the number of senses of words that are one token of the tokenizer in `folder`."""
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return len(find_senses(open_wordnet(wordnet), tokenizer, vocab_size, seed=0))
 
 
 def _written_texts(config: Config) -> int | None:

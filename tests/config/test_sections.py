@@ -301,3 +301,65 @@ def test_what_a_teacher_that_writes_cannot_use_is_refused(tmp_path, content, mes
         load_config(write_yaml(tmp_path, {**MINIMAL, **content}))
     assert message in str(error.value)
     assert "me:pw" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://me:sekret@host/v1", "has a user or a password"),
+        ("ftp://me:sekret@host/v1", "has a user or a password"),
+        ("http://host/v1?api_key=sekret", "has a ? or a #"),
+        ("sekret", "is not a server URL"),
+        ("http://sekret:99999", "the port in the URL is no number from 1 to 65535"),
+        ("http://sekret:abc", "the port in the URL is no number from 1 to 65535"),
+        ("http://ho sekret", "has a space"),
+        ("http://[::sekret", "a [ or ] that does not enclose an IPv6 address"),
+        ("http://sekret:8000/v1/chat/completions", "write the URL without it: "),
+    ],
+)
+@pytest.mark.parametrize("override", ["corpus.server={!r}", "corpus={{source: teacher, server: {!r}}}"])
+def test_the_refusal_of_a_servers_url_does_not_repeat_it(tmp_path, url, message, override):
+    with pytest.raises(UserError) as in_file:
+        load_config(write_yaml(tmp_path, {**MINIMAL, "corpus": {"source": "teacher", "server": url}}))
+    with pytest.raises(UserError) as in_override:
+        load_config(write_yaml(tmp_path, {**MINIMAL, "corpus": {"source": "teacher"}}), [override.format(url)])
+    for error in (in_file, in_override):
+        assert "corpus.server: " in str(error.value)
+        assert message in str(error.value)
+        assert "sekret" not in str(error.value) or url.endswith("completions")
+    assert "override 'corpus" in str(in_override.value)
+
+
+def test_an_override_that_is_not_yaml_is_not_repeated_if_it_may_hold_a_key(tmp_path):
+    for override in ("corpus.server=http://me:sekret@[", "corpus.server=[sekret", "http://me:sekret@host"):
+        with pytest.raises(UserError) as error:
+            load_config(write_yaml(tmp_path, MINIMAL), [override])
+        assert "sekret" not in str(error.value)
+    (tmp_path / "bad.yaml").write_text("corpus:\n  server: http://me:sekret@host: 8000\n")
+    with pytest.raises(UserError, match=r"mapping values are not allowed here\n  line 2, column 32") as error:
+        load_config(tmp_path / "bad.yaml")
+    assert "sekret" not in str(error.value)
+    with pytest.raises(UserError, match="found another value") as error:
+        load_config(write_yaml(tmp_path, {**MINIMAL, "corpus": {"source": "teacher", "server": ["sekret"]}}))
+    assert "sekret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://localhost:8000", "https://api.example.org/openai/v1", "http://[::1]:80/v1", "http://10.0.0.1/v1beta"],
+)
+def test_the_common_url_of_a_server_is_kept_as_it_is(tmp_path, url):
+    config = load_config(write_yaml(tmp_path, {**MINIMAL, "corpus": {"source": "teacher", "server": f"{url}/"}}))
+    assert (config.corpus.server, config.corpus.as_dict()["server"]) == (url, url)
+
+
+def test_a_path_that_may_hold_a_key_is_in_no_record(tmp_path):
+    """Records are made of `as_dict`. Another path has another record, since it may be another server."""
+    shown = []
+    for key in ("sekret1", "sekret2"):
+        corpus = {"source": "teacher", "server": f"http://host:8000/{key}/v1"}
+        config = load_config(write_yaml(tmp_path, {**MINIMAL, "corpus": corpus}))
+        assert config.corpus.server == corpus["server"]
+        shown.append(config.corpus.as_dict()["server"])
+        assert shown[-1].startswith("http://host:8000/path-")
+    assert shown[0] != shown[1]

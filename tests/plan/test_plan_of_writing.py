@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from plans import LLAMA, MACHINES, SMALL, cluster_of, config_of, shapes_file
-from small_teachers import write_job
+from small_teachers import NUM_SENSES, write_job
 
 from dskd.artifacts.building import build_artifact
 from dskd.config.reading import load_config
@@ -71,7 +71,7 @@ def test_the_plan_has_a_table_of_it(tmp_path, dskd):
     assert "tokens to write, at most" in out
     assert "20,000" in out
     _, out, _ = dskd("plan", *arguments, "corpus.source=teacher")
-    assert "unknown: set corpus.max_senses" in out
+    assert "unknown: set corpus.max_senses, as nobody/nothing has no tokenizer on this machine" in out
     _, out, _ = dskd("plan", *arguments, *WRITES, "corpus.server=http://localhost:1")
     assert "unknown: those of corpus.server" in out
     assert "memory of a GPU" not in out
@@ -89,3 +89,15 @@ def test_texts_that_are_written_are_counted(tmp_path):
     other = config.model_copy(update={"corpus": config.corpus.model_copy(update={"max_senses": 7})})
     writing = plan_writing(other, cluster_of(), architecture, teacher_shapes(architecture))
     assert (writing.is_done, writing.texts) == (False, 7 * 8)
+
+
+def test_all_senses_are_counted_if_the_tokenizer_and_wordnet_are_here(tmp_path):
+    config = load_config(write_job(tmp_path, texts_per_sense=3))
+    shapes = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    architecture = Architecture(json.dumps(shapes), "llama")
+    writing = plan_writing(config, cluster_of(), architecture, teacher_shapes(architecture))
+    assert (writing.texts, writing.tokens, writing.missing) == (3 * NUM_SENSES, 3 * NUM_SENSES * 20, "")
+    no_wordnet = config.model_copy(update={"wordnet": config.wordnet.model_copy(update={"path": str(tmp_path)})})
+    writing = plan_writing(no_wordnet, cluster_of(), architecture, teacher_shapes(architecture))
+    assert writing.texts is None
+    assert "or correct this: wordnet.path: " in writing.missing

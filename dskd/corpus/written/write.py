@@ -5,16 +5,18 @@ same texts, and a resumed run too. `corpus.batch_size` can change them: in anoth
 probabilities differ. A server's texts differ each time.
 """
 
+import contextlib
 import time
 from typing import Any
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import Building
 from dskd.artifacts.files import report_full_disk
-from dskd.artifacts.hashing import digest_of_json
-from dskd.artifacts.manifest import Recipe, is_current
+from dskd.artifacts.hashing import MANIFEST_NAME, digest_of_json
+from dskd.artifacts.manifest import Recipe, is_current, read_manifest
 from dskd.config import Config
 from dskd.config.data import KEYS_OF_TEXTS
+from dskd.config.server_url import shown_url
 from dskd.console import say, stage
 from dskd.corpus.written.blocks import blocks_of, is_written, join_blocks, read_writer
 from dskd.corpus.written.prompts import Prompter
@@ -37,11 +39,27 @@ def recipe(config: Config) -> Recipe:
     settings: dict[str, Any] = {"seed": config.seed} | {key: corpus[key] for key in KEYS_OF_TEXTS}
     inputs = {"wordnet": open_wordnet(config.wordnet.path).digest}
     if config.corpus.server is not None:
-        settings |= {key: corpus[key] for key in ("server", "server_model")}
+        settings["server_model"] = corpus["server_model"]
+        settings["server"] = _server_of_recipe(config)
         return Recipe(kinds.WRITTEN.name, inputs, settings, tokenizer=teacher.tokenizer_digest)
     inputs["chat_template"] = digest_of_json(getattr(teacher.load_tokenizer(), "chat_template", None))
     settings["precision"] = resolve_precision(config.precision)
     return Recipe(kinds.WRITTEN.name, inputs, settings, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest)
+
+
+def _server_of_recipe(config: Config) -> str:
+    """Returns the URL of the server as manifests have it, without a path that may hold a key.
+
+    Texts of earlier versions have the whole URL in their manifest, and stay up to date.
+    """
+    folder, url = config.path(kinds.WRITTEN.folder), config.corpus.server
+    assert url is not None, "called only if corpus.server is set"
+    shown = shown_url(url)
+    if shown != url and (folder / MANIFEST_NAME).is_file():
+        with contextlib.suppress(UserError):  # a damaged one is not up to date anyway
+            if read_manifest(folder, kinds.WRITTEN.name).config.get("server") == url:
+                return url
+    return shown
 
 
 def write_texts(config: Config, world: World, *, force: bool = False) -> None:
@@ -74,7 +92,7 @@ def write_texts(config: Config, world: World, *, force: bool = False) -> None:
         from dskd.corpus.written.server import Server
 
         Server(corpus).find_model()  # before WordNet is read, which takes far longer than to see that a URL is wrong
-    writer = str(teacher.path) if corpus.server is None else corpus.server
+    writer = str(teacher.path) if corpus.server is None else shown_url(corpus.server)
     with stage("written: the teacher writes a text for every sense", reads=[writer], writes=building.path):
         prompter = Prompter(teacher.load_tokenizer(), config.seed)
         num_senses, requests = main_first(lambda: _find_requests(config, teacher))

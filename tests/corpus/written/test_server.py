@@ -12,10 +12,10 @@ import pytest
 from rank_processes import ONE_RANK
 from small_teachers import NUM_SENSES, write_job
 
-from dskd.artifacts.manifest import read_manifest
+from dskd.artifacts.manifest import is_current, read_manifest
 from dskd.config.reading import load_config
 from dskd.corpus.build import build_corpus
-from dskd.corpus.written import blocks, server
+from dskd.corpus.written import blocks, connection
 from dskd.corpus.written import write as writing
 from dskd.corpus.written.write import write_texts
 from dskd.errors import OutageError, UserError
@@ -59,7 +59,7 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.models = ["teacher"]
+        self.models, self.prefix = ["teacher"], "/v1"
         self.replies: Callable[[int], Any] = lambda number: None
         self.asked: list[dict] = []
         self.keys: set[str | None] = set()
@@ -80,13 +80,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.keys.add(self.headers.get("Authorization"))
-        if self.path != "/v1/models":
+        if self.path != f"{self.server.prefix}/models":
             return self._send(404, {"detail": "Not Found"})
         return self._send(200, {"object": "list", "data": [{"id": name} for name in self.server.models]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path != "/v1/chat/completions":
+        if self.path != f"{self.server.prefix}/chat/completions":
             return self._send(404, {"detail": "Not Found"})
         with self.server.lock:
             number = len(self.server.asked)
@@ -125,8 +125,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def running(monkeypatch):
-    monkeypatch.setattr(server, "_WAITS_S", (0.01,) * 10)
-    monkeypatch.setattr(server, "_ANSWERS_WITHIN_S", 20)
+    monkeypatch.setattr(connection, "_WAITS_S", (0.01,) * 10)
+    monkeypatch.setattr(connection, "_ANSWERS_WITHIN_S", {"GET": 20, "POST": 20})
+    monkeypatch.setattr(connection, "_STARTS_WITHIN_S", 0.3)
     monkeypatch.delenv("DSKD_SERVER_KEY", raising=False)
     running = _Server()
     threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -341,7 +342,7 @@ def test_a_server_that_is_not_there_is_an_outage(tmp_path, running):
     running.shutdown()
     running.server_close()
     with pytest.raises(
-        OutageError, match=r"corpus.server: http://127.0.0.1:\d+/v1 cannot be reached .*refused.*4 times"
+        OutageError, match=r"corpus.server: http://127.0.0.1:\d+/v1 cannot be reached .*refused.*\d times"
     ):
         write_texts(config, ONE_RANK)
 
@@ -351,3 +352,44 @@ def test_a_wrong_path_is_a_mistake(tmp_path, running):
     wrong = config.corpus.model_copy(update={"server": f"{running.url}/v2"})
     with pytest.raises(UserError, match=r"/v2/models is not there .404: Not Found.; correct the URL"):
         write_texts(config.model_copy(update={"corpus": wrong}), ONE_RANK)
+
+
+def test_a_server_without_texts_ends_the_run_and_the_same_command_asks_again(tmp_path, running):
+    running.replies = lambda number: (200, _completion(""))
+    config = _config(tmp_path, running, "corpus.server_requests=1")
+    with pytest.raises(UserError, match=r"the first 8 answers of teacher at .* have no text.*Raise corpus.max_new"):
+        write_texts(config, ONE_RANK)
+    assert len(running.asked) in (8, 9)  # one may be on its way
+    running.replies = lambda number: None
+    write_texts(config, ONE_RANK)
+    _check_whole(config)
+
+
+def test_texts_that_cannot_be_used_have_to_be_written_again_with_force(tmp_path, running):
+    """More senses would not help, and the same command would not ask again."""
+    running.replies = lambda number: (200, _completion("No."))
+    config = _config(tmp_path, running)
+    write_texts(config, ONE_RANK)
+    with pytest.raises(UserError, match=r"no train documents .*none of the .*write_texts.py --config FILE --force"):
+        build_corpus(config)
+    running.replies = lambda number: None
+    asked = len(running.asked)
+    write_texts(config, ONE_RANK)
+    assert len(running.asked) == asked
+    write_texts(config, ONE_RANK, force=True)
+    _check_whole(config)
+
+
+def test_the_manifest_has_no_path_that_may_hold_a_key_and_earlier_texts_stay_up_to_date(tmp_path, running, capsys):
+    config = _config(tmp_path, running)
+    of_path = config.corpus.model_copy(update={"server": f"{running.url}/sekret/v1"})
+    hidden = config.model_copy(update={"corpus": of_path})
+    running.prefix = "/sekret/v1"
+    write_texts(hidden, ONE_RANK)
+    path = config.path("written", "manifest.json")
+    assert "sekret" not in path.read_text() + capsys.readouterr().err
+    assert is_current(config.path("written"), writing.recipe(hidden))
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"config": manifest["config"] | {"server": of_path.server}}))
+    assert is_current(config.path("written"), writing.recipe(hidden))
+    assert not is_current(config.path("written"), writing.recipe(config))
