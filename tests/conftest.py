@@ -139,6 +139,9 @@ def _launcher_variables() -> Iterator[None]:
 
     Programs of one process remove them, others set them, and DeepSpeed and mosaicml-streaming read them at any time.
     """
+    if torch.distributed.is_initialized():  # then a program in a fixture of a whole file may have removed them
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}.items():
+            os.environ.setdefault(name, value)
     names = (*LAUNCHER_VARIABLES, "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ.get(name) for name in names}
     yield

@@ -10,7 +10,7 @@ import torch
 from repository import REPOSITORY
 
 from dskd.distributed.rendezvous import free_port
-from dskd.distributed.world import World
+from dskd.distributed.world import LAUNCHER_VARIABLES, World
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -29,7 +29,8 @@ def launch(program: str, config: Path, *arguments: str, gpus: int = 1) -> str:
 
 def run_on_gpu(*command: str, timeout_s: float = 240, **variables: str) -> str:
     """Runs Python with a command line in a process that may use GPUs, and returns what it prints."""
-    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    left = {"DS_ACCELERATOR", "MASTER_ADDR", "MASTER_PORT", *LAUNCHER_VARIABLES}  # these are of the tests' own process
+    environment = {name: value for name, value in os.environ.items() if name not in left}
     paths = (str(REPOSITORY), str(REPOSITORY / "tests" / "support"), os.getenv("PYTHONPATH"))
     finished = subprocess.run(
         [sys.executable, *command],
