@@ -155,7 +155,7 @@ def _forward(teacher: FrozenModel, sequences: Sequences, args: argparse.Namespac
 
 @dataclass(frozen=True)
 class _Storing:
-    """What annotation stores of the teacher's states, and the folder for its shards."""
+    """The columns of the teacher's states that annotation stores, and the folder for its shards."""
 
     config: Config
     stored: StoredStates

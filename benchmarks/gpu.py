@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show about speed and memory, by one command, the most valuable first.
+"""Measures by one command what only a GPU can show about speed and memory, the most valuable first.
 
     python -m benchmarks.gpu --out FOLDER --work FOLDER_WITH_SPACE       # on one GPU, in ten minutes
     python -m benchmarks.gpu --toy                                       # tries all of it on a CPU, with tiny shapes
@@ -135,7 +135,7 @@ SECTIONS = (
 
 @dataclass
 class Plan:
-    """What a run of the command measures, and where."""
+    """The sections that a run of the command measures, and its folders."""
 
     out: Path
     work: Path

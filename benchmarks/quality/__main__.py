@@ -1,4 +1,4 @@
-"""What makes a good student, and do senses help? Trains students of one teacher in many ways and compares them.
+"""Trains students of one teacher in many ways and compares them: what makes a good one, and whether senses help.
 
 The config's pipeline runs up to the shards, in which the teacher's states are stored; then every training takes
 minutes, in plain torch, with the loss of `dskd`. The arms are in arms.py, the measures in measures.py.

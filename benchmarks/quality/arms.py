@@ -8,6 +8,7 @@ test part.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.quality.settings import Settings
@@ -67,19 +68,37 @@ class Arm:
         return found | dict(self.changes)
 
 
-def _with_senses(name: str, description: str, changes: Mapping[str, Any], *against: str) -> Arm:
-    return Arm(
-        name,
-        description,
-        changes,
-        "sense_weight",
-        (0.1, 0.3, 1.0),
-        "kd",
-        keeps=False,
-        against=against,
-        tested=True,
-        look=1.0,
-    )
+def _plain(
+    name: str,
+    description: str,
+    changes: Mapping[str, Any],
+    tuned: str | None = None,
+    trials: tuple[float, ...] = (),
+    *,
+    look: float | None = None,
+    based_on: str = "warmup",
+) -> Arm:
+    """Returns a way of plain distillation that is tested against `kd`."""
+    return Arm(name, description, changes, tuned, trials, based_on, look=look, against=("kd",), tested=True)
+
+
+def _added(
+    name: str,
+    description: str,
+    setting: str,
+    trials: tuple[float, ...],
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    look: float = 1.0,
+    against: tuple[str, ...] = (),
+) -> Arm:
+    """Returns an arm that adds something of the strength `setting` to plain distillation, and is tested against it."""
+    against = ("kd", *against)
+    return Arm(name, description, changes, setting, trials, "kd", look=look, keeps=False, against=against, tested=True)
+
+
+def _with_senses(name: str, description: str, changes: Mapping[str, Any] = MappingProxyType({})) -> Arm:
+    return _added(name, description, "sense_weight", (0.1, 0.3, 1.0), changes, against=("hidden",))
 
 
 ARMS = (
@@ -107,168 +126,82 @@ ARMS = (
     Arm("3 layers", "three layers trained", {"train_layers": 3}, based_on="warmup"),
     Arm("norm", "the final norm trained, too", {"train_norm": True}, based_on="warmup"),
     # Plain distillation, tuned once more; the arms that follow build on it.
-    Arm(
-        "ce",
-        "cross-entropy alone",
-        {"kd_weight": 0.0},
-        "learning_rate",
-        (5e-4, 1e-3, 2e-3),
-        "warmup",
-        tested=True,
-        against=("kd",),
-        look=0.001,
-    ),
-    Arm(
-        "kd paper",
-        "CE + KL with the paper's weight",
-        {"kd_weight": 0.7},
-        based_on="warmup",
-        tested=True,
-        against=("kd",),
-    ),
-    Arm("kd", "CE + KL", {}, "kd_weight", (1.5, 15.0), "warmup", tested=True, look=5.0),
-    Arm(
-        "temperature",
-        "the KL at another temperature",
-        {},
-        "temperature",
-        (1.0, 4.0),
-        "kd",
-        tested=True,
-        against=("kd",),
-        look=1.0,
-    ),
+    _plain("ce", "cross-entropy alone", {"kd_weight": 0.0}, "learning_rate", (5e-4, 1e-3, 2e-3), look=1e-3),
+    _plain("kd paper", "CE + KL with the paper's weight", {"kd_weight": 0.7}),
+    Arm("kd", "CE + KL", {}, "kd_weight", (1.5, 15.0), "warmup", look=5.0, tested=True),
+    _plain("temperature", "the KL at another temperature", {}, "temperature", (1.0, 4.0), based_on="kd", look=1.0),
     # As long as with .35 of the positions, at the cost that layers and head have here.
-    Arm(
+    _plain(
         "all positions",
         "all positions in the loss, for as long",
         {"position_share": 1.0, "epochs": 0.48},
         based_on="kd",
-        tested=True,
-        against=("kd",),
     ),
-    Arm(
+    _plain(
         "few positions",
         "fewer positions in the loss, for as long",
         {"position_share": 0.15, "epochs": 1.5},
         based_on="kd",
-        tested=True,
-        against=("kd",),
     ),
-    Arm(
-        "hidden",
-        "+ distance to the teacher's last state",
-        {},
-        "hidden_weight",
-        (0.3, 1.0, 5.0),
-        "kd",
-        keeps=False,
-        tested=True,
-        against=("kd",),
-        look=1.0,
-    ),
+    _added("hidden", "+ distance to the teacher's last state", "hidden_weight", (0.3, 1.0, 5.0)),
     # Senses, each with its controls.
-    _with_senses("senses", "+ the paper's sense loss", {}, "kd", "hidden"),
-    _with_senses("synonyms", "+ the sense loss without antonyms", {"antonym_weight": 0.0}, "kd", "hidden"),
-    _with_senses("antonyms", "+ the sense loss without synonyms", {"synonym_weight": 0.0}, "kd", "hidden"),
-    _with_senses(
-        "distribution", "+ the divergence of distributions over senses", {"sense_form": "distribution"}, "kd", "hidden"
-    ),
-    Arm(
+    _with_senses("senses", "+ the paper's sense loss"),
+    _with_senses("synonyms", "+ the sense loss without antonyms", {"antonym_weight": 0.0}),
+    _with_senses("antonyms", "+ the sense loss without synonyms", {"synonym_weight": 0.0}),
+    _with_senses("distribution", "+ the divergence of distributions over senses", {"sense_form": "distribution"}),
+    _added(
         "divergence",
         "+ the divergence over a target's synonyms and antonyms alone",
-        {},
         "lexical_divergence",
         (0.3, 1.0, 3.0),
-        "kd",
-        keeps=False,
-        tested=True,
-        against=("kd", "divergence random"),
-        look=1.0,
+        against=("divergence random",),
     ),
-    Arm(
+    _added(
         "divergence random",
         "control: over random words of the same frequency",
-        {"lexical_words": "random"},
         "lexical_divergence",
         (0.3, 1.0, 3.0),
-        "kd",
-        keeps=False,
-        tested=True,
-        against=("kd",),
-        look=1.0,
+        {"lexical_words": "random"},
     ),
-    Arm(
+    _added(
         "synonym targets",
         "+ a share of the target's mass for the teacher's synonyms of it",
-        {},
         "synonym_targets",
-        (0.05, 0.2),
-        "kd",
-        keeps=False,
-        tested=True,
-        against=("kd",),
+        (0.05, 0.2, 0.4),
         look=0.2,
     ),
-    Arm(
+    _added(
         "lexical weight",
         "positions with related words weigh more",
-        {"weights": "lexical"},
         "weights_power",
         (0.585, 1.0, 2.0),
-        "kd",
-        keeps=False,
-        tested=True,
-        against=("kd", "rarity"),
+        {"weights": "lexical"},
         look=0.585,
+        against=("rarity",),
     ),
-    Arm(
+    _added(
         "weight by senses",
         "positions weigh by their target's number of senses",
-        {"weights": "senses"},
         "weights_power",
         (0.3, 1.0, 2.0),
-        "kd",
-        keeps=False,
-        tested=True,
-        against=("kd", "senses of others"),
-        look=1.0,
+        {"weights": "senses"},
+        against=("senses of others",),
     ),
-    Arm(
+    _added(
         "senses of others",
         "control: by the number of senses of another word as frequent",
-        {"weights": "senses of others"},
         "weights_power",
         (0.3, 1.0, 2.0),
-        "kd",
-        keeps=False,
-        tested=True,
-        against=("kd",),
-        look=1.0,
+        {"weights": "senses of others"},
     ),
-    Arm(
+    _added(
         "rarity",
         "control without a dictionary: by how rare the target is",
-        {"weights": "rarity"},
         "weights_power",
         (0.15, 0.5, 1.0),
-        "kd",
-        keeps=False,
-        tested=True,
-        against=("kd",),
+        {"weights": "rarity"},
         look=0.5,
     ),
-    Arm(
-        "entropy",
-        "by the teacher's entropy",
-        {"weights": "entropy"},
-        "weights_power",
-        (-0.5, 0.5, 1.0),
-        "kd",
-        keeps=False,
-        tested=True,
-        against=("kd",),
-        look=0.5,
-    ),
+    _added("entropy", "by the teacher's entropy", "weights_power", (-0.5, 0.5, 1.0), {"weights": "entropy"}, look=0.5),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}

@@ -39,7 +39,7 @@ class Result:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What identifies the training."""
+        """The fields that identify the training."""
         return self.text, self.stage, self.seed, json.dumps(dict(self.settings), sort_keys=True)
 
 

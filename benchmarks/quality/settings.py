@@ -1,4 +1,4 @@
-"""What a training of the study is: which layers it keeps and trains, its optimizer, and its loss."""
+"""The settings of a training of the study: which layers it keeps and trains, its optimizer, and its loss."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace

@@ -133,7 +133,7 @@ def parts_of(text: Text) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Words:
-    """What the study knows of the words that are tokens of the vocabulary."""
+    """Facts about the words that are tokens of the vocabulary."""
 
     related: torch.Tensor  # [V, 2 · _MOST_WORDS] int64: synonyms, then antonyms, one token each, padded with -1
     random: torch.Tensor  # the same with other words of about the same frequency in the training text

@@ -32,7 +32,7 @@ _MICRO_BATCH = 8  # sequences: more would not be faster, and need more memory
 
 @dataclass(frozen=True)
 class Material:
-    """What trainings read."""
+    """The inputs of trainings."""
 
     text: Text
     states: torch.Tensor  # [S, T, D], those that enter the student's upper layers
@@ -44,7 +44,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training took: CPU seconds do not grow if others use the machine."""
+    """The cost of a training. CPU seconds hardly grow if others use the machine."""
 
     steps: int
     tokens: int

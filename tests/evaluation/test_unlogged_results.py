@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 class _KilledError(BaseException):
-    """What ends a process at once."""
+    """An end of the process at once."""
 
 
 def _kill(*_arguments, **_options):

@@ -1,4 +1,4 @@
-"""What tests of GPUs have in common: the reason to skip them, and processes that may use GPUs."""
+"""The common parts of tests of GPUs: the reason to skip them, and processes that may use GPUs."""
 
 import os
 import subprocess
