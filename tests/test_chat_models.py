@@ -72,7 +72,8 @@ def test_the_card_has_results_after_the_evaluation_which_stays_up_to_date(config
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert found == {name: pytest.approx(measures[name], rel=1e-5) for name in ("perplexity", "accuracy")}
     assert "| | teacher | student before training | this model |" in card.text
-    assert f"{measures['perplexity']:.4g} |\n" in card.text
+    perplexity = float(f"{measures['perplexity']:.4g}")  # four digits, written out
+    assert f"| {perplexity:,.0f} |\n" in card.text
     teacher = "Tiny, of Org &lt;b&gt;, made from Tiny Base, https://huggingface.co/org/tiny-chat: read from a GGUF file"
     assert teacher in card.text
     assert "its layers 0, 2 of 3, counted from 0; trained: the last layer" in card.text

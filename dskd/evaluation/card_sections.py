@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dskd.corpus.tasks.benchmarks import BENCHMARKS
-from dskd.training.exporting.card import HELD_OUT as HELD_OUT_TEXT
+from dskd.training.exporting import HELD_OUT_TEXT
 
 _Measures = Mapping[str, Any]  # the content of measures.json
 

@@ -366,8 +366,10 @@ def _make_quickstart(tmp_path, arguments, code, said):
     )
     python.chmod(0o755)
     (tmp_path / "venv" / ".installed").touch()
+    # Without the variables of the make that runs the tests, which would print its folders.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     command = ["make", "-f", REPOSITORY / "Makefile", "-o", "venv/.installed", "quickstart", "VENV=venv", *arguments]
-    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    made = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     return made, (tmp_path / "calls").read_text().splitlines()
 
 

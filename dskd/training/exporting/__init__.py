@@ -7,3 +7,5 @@ card        writes the model card
 card_facts  collects from manifests what the card says
 licences    licences of models, and what they ask of models made from them
 """
+
+HELD_OUT_TEXT = "held-out-text"  # the name of the evaluated data on model cards; here, so that it is read without torch

@@ -18,9 +18,9 @@ from dskd.artifacts.files import write_text
 from dskd.losses.terms import TERMS
 from dskd.models.folder import MODEL_CARD_NAME
 from dskd.students.spacing import as_text
+from dskd.training.exporting import HELD_OUT_TEXT
 from dskd.training.exporting.licences import is_link, licence_link, obligations
 
-HELD_OUT = "held-out-text"  # the name of the evaluated data in the results on held-out text
 FACTS = "card"  # of the export's manifest, see :mod:`dskd.training.exporting.card_facts`
 _TEMPLATE = "card.md.jinja"
 _WORDNET = (
@@ -142,7 +142,7 @@ def _dataset_name(result: Result, card: Mapping[str, Any]) -> str:
     """Returns the name of what was evaluated: of held-out text, with that of the dataset from which it was held out."""
     text = card.get("text", {})
     dataset = text.get("dataset") or ("WordNet" if text.get("source") == "wordnet" else None)
-    return f"{result.title} of {dataset}" if result.data == HELD_OUT and dataset else result.title
+    return f"{result.title} of {dataset}" if result.data == HELD_OUT_TEXT and dataset else result.title
 
 
 def _plain(text: Any) -> str:
