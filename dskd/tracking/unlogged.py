@@ -1,7 +1,7 @@
 """Notes that MLflow does not have the results of an artifact yet.
 
-An artifact is published before MLflow is told of it. A process that is killed in between leaves the note, and the next
-one logs the results instead of taking them as done.
+An artifact is published before its results are logged to MLflow. A process that is killed in between leaves the note,
+and the next one logs the results instead of taking them as done.
 """
 
 import json

@@ -92,8 +92,9 @@ def no_pickles() -> Iterator[None]:
 
 
 def _classes_in_checkpoints() -> list[Any]:
-    """Returns the DeepSpeed classes that its files contain, and what stands in for `getattr` there; loading an instance
-    runs no code.
+    """Returns the DeepSpeed classes that its files contain, and a safe replacement of `getattr`.
+
+    Loading an instance runs no code.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

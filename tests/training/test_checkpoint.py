@@ -103,7 +103,7 @@ def test_a_checkpoint_of_debians_python_is_read_and_no_other_attribute(tmp_path)
     torch.save({"zero_stage": _Attribute(ZeroStageEnum, "weights")}, tmp_path / "stage.pt")
     torch.save({"zero_stage": _Attribute(ZeroStageEnum, "mro")}, tmp_path / "method.pt")
     torch.save({"zero_stage": _Attribute(OrderedDict, "fromkeys")}, tmp_path / "other.pt")
-    with no_pickles():
+    with no_pickles():  # which overrides `weights_only=False`, with which DeepSpeed reads its files
         assert torch.load(tmp_path / "stage.pt", weights_only=False) == {"zero_stage": ZeroStageEnum.weights}
         for name in ("method.pt", "other.pt"):
             with pytest.raises(ValueError, match="a checkpoint has no use for the attribute"):
