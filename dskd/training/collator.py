@@ -84,14 +84,20 @@ class Collator:
             self._vectors = map_vectors(self._vectors_path)
         # Longest first: a batch too large for the device fails at once, and later ones reuse the first one's memory.
         ordered = sorted(samples, key=lambda sample: -_real_length(sample))
+        # One call for the whole step: NumPy takes longer to begin an operation than to compute it for a sample.
+        drawn = [] if self._positions is None else self._positions.draw_each(ordered)
         size = self._micro_batch_size
-        return [self._collate(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+        parts = [slice(start, start + size) for start in range(0, len(ordered), size)]
+        return [self._collate(ordered[part], drawn[part]) for part in parts]
 
-    def _collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _collate(
+        self, samples: Sequence[Mapping[str, Any]], drawn: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> dict[str, Any]:
+        """Returns a micro-batch; `drawn` are its samples' positions with a sense term, if there are any."""
         length = _trimmed_length(samples)
         batch: dict[str, Any] = collate_tokens(samples, length)
         if self._positions is not None:
-            named = _name_rows(samples, length, self._positions, self._candidates)
+            named = _name_rows(samples, length, drawn, self._candidates)
             batch["senses"] = self._point_to_rows(named)
         if self._lexical:
             batch["lexical"] = torch.from_numpy(np.stack([is_lexical(sample)[:length] for sample in samples]))
@@ -139,10 +145,12 @@ _RowsByName = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
 
 def _name_rows(
-    samples: Sequence[Mapping[str, Any]], length: int, rule: SensePositions, candidates: CandidateRows | None
+    samples: Sequence[Mapping[str, Any]],
+    length: int,
+    drawn: Sequence[tuple[np.ndarray, np.ndarray]],
+    candidates: CandidateRows | None,
 ) -> _RowsByName:
     """Returns the inputs of a sense loss: {name: positions into B·T}, and {name: row numbers of the dictionary}."""
-    drawn = rule.draw_each(samples)
     if candidates is not None:
         # The union of both draws, so that the positions do not depend on the kinds of candidates.
         at = [np.union1d(*of_sample) for of_sample in drawn]
