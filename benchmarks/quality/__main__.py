@@ -15,6 +15,8 @@ examples:
   python -m benchmarks.quality                                     all of it; the same command resumes
   python -m benchmarks.quality --arms senses divergence            these arms and those that they build on
   python -m benchmarks.quality --looks                             three seeds of every arm, untuned: leads, in an hour
+  python -m benchmarks.quality --arms kd senses --length 262144 1048576
+                                                                   tuned arms on 0.25 and 1 million tokens
   python -m benchmarks.quality --seeds --minutes 30                tuning alone; starts no training after half an hour
   python -m benchmarks.quality --name handbook workdir=work/handbook corpus.source=files 'corpus.train=[handbook/*.txt]'
                                                                    on a text of your own
@@ -39,7 +41,22 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", default=(), metavar="NAME", help="train only these; default: all")
     parser.add_argument("--seeds", nargs="*", type=int, metavar="SEED", help="of the test; default: 0 to 4")
     parser.add_argument("--looks", action="store_true", help="train arms without tuning, with three seeds: for leads")
+    parser.add_argument(
+        "--length",
+        nargs="+",
+        type=int,
+        default=(),
+        metavar="TOKENS",
+        help="train arms with their chosen values on these numbers of tokens, and test them",
+    )
     parser.add_argument("--pairs", nargs="*", type=Path, default=(), metavar="FILE", help="pairs of AntSynNET")
+    parser.add_argument(
+        "--questions",
+        nargs="*",
+        default=(),
+        metavar="BENCHMARK=FOLDER",
+        help="arc_easy, arc_challenge, piqa, commonsense_qa, each with the folder of its files as published",
+    )
     parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="FILE.jsonl", help="default: the committed ones"
     )
@@ -70,9 +87,9 @@ def main() -> int:
         run_pipeline(args.config, args.overrides, until="shards")
         config = load_config(args.config, args.overrides)
         release_lock(config.path(LOCK))  # the pipeline holds it until this process ends
-        runner = Runner(config, args.name, args.results, args.pairs)
+        runner = Runner(config, args.name, args.results, args.pairs, args.questions)
         seeds = TEST_SEEDS if args.seeds is None else args.seeds
-        runner.run(args.arms, seeds, args.minutes * 60, looks=args.looks)
+        runner.run(args.arms, seeds, args.minutes * 60, looks=args.looks, lengths=args.length)
         return 0
 
     return run(action)

@@ -8,7 +8,9 @@
 | lexical_perplexity | perplexity over positions whose target has a synonym or antonym |
 | choice | share of positions with related words where the target is the most probable of it and these |
 | preference | share of positions with both kinds of related words where the synonyms are more probable in the mean |
-| opposites | of pairs of words (:mod:`benchmarks.quality.pairs`), ROC AUC of telling antonyms from synonyms |
+
+Outside judges: `opposites` and `opposites_states` tell antonyms from synonyms (:mod:`benchmarks.quality.pairs`), and
+the names of benchmarks are accuracies on their questions (:mod:`benchmarks.quality.questions`).
 
 Related words are tokens of the vocabulary. Shapes: N positions, V vocabulary, D hidden.
 """
@@ -19,13 +21,14 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from benchmarks.quality.questions import QUESTIONS
 from benchmarks.quality.text import Text, Words
 
 BY_TEXT = ("kl", "agreement", "perplexity", "lexical_perplexity", "choice", "preference")
-OPPOSITES = "opposites"
-MEASURES = (*BY_TEXT, OPPOSITES)
-HIGHER_IS_BETTER = frozenset({"agreement", "choice", "preference", OPPOSITES})
-DIGITS = {"kl": 4, "agreement": 4, "perplexity": 1, "lexical_perplexity": 0, "choice": 4, "preference": 4, OPPOSITES: 3}
+OUTSIDE = ("opposites", "opposites_states", *(f"{name}{kind}" for name in QUESTIONS for kind in ("", "_norm")))
+MEASURES = (*BY_TEXT, *OUTSIDE)
+DIGITS = {"kl": 4, "agreement": 4, "perplexity": 1, "lexical_perplexity": 0, "choice": 4, "preference": 4}
+DIGITS |= dict.fromkeys(OUTSIDE, 3)
 _CHUNK = 128
 
 
@@ -66,7 +69,24 @@ def measure(
         "lexical_perplexity": float(torch.tensor(means["lexical_nll"]).exp()),
         "choice": means["choice"],
         "preference": means["preference"],
+        "preference_n": int(found["preference"].isfinite().sum()),
     }
+
+
+def is_at_chance(measures: Mapping[str, float], name: str) -> bool:
+    """Returns True if the teacher, with these measures, is less than two standard errors above chance on one of them.
+
+    Such a measure says nothing about what a student learned from the teacher. It is not known of measures without a
+    count, and of those that are no shares.
+    """
+    kind = name.removesuffix("_norm").removesuffix("_states")
+    count = measures.get(f"{kind}_n")
+    if count is None or name not in measures:
+        return False
+    chance = measures.get(f"{kind}_chance", 0.5)
+    # The area under the curve, of as many antonyms as synonyms, has the variance 1/(3n) at chance.
+    variance = 1 / (3 * count) if kind == "opposites" else chance * (1 - chance) / count
+    return measures[name] - chance < 2 * variance**0.5
 
 
 def _parts(

@@ -15,7 +15,7 @@ from benchmarks.quality.arms import CHOSEN_BY, Arm
 from benchmarks.quality.measures import BY_TEXT
 from dskd.errors import UserError
 
-Stage = Literal["look", "tune", "test"]
+Stage = Literal["look", "tune", "test", "length"]  # length: a test on more text, or less
 TEACHER, UNTRAINED = "teacher", "untrained"  # in the field `arm` of results that are not of a training
 
 
@@ -36,6 +36,7 @@ class Result:
     cpu_seconds: float  # of training alone
     date: str
     machine: str
+    length: int = 0  # with the stage "length": tokens of training that were asked for
 
     @property
     def identity(self) -> tuple[Any, ...]:

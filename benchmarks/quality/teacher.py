@@ -5,7 +5,7 @@ left of a student is its upper layers, which start from there.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +16,7 @@ from benchmarks.quality.settings import Settings
 from dskd.config import Config, StudentConfig
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.students.measuring import measure_importance
-from dskd.students.spacing import choose_layers, num_removed_layers
+from dskd.students.spacing import Importance, choose_layers, num_removed_layers
 
 if TYPE_CHECKING:
     from benchmarks.quality.text import Text
@@ -31,6 +31,7 @@ class Teacher:
     causal_lm: Any
     tokenizer: Any
     config: Config
+    _importance: dict[int, Importance] = field(default_factory=dict)  # by the number of layers that are removed
 
     @classmethod
     def load(cls, config: Config) -> "Teacher":
@@ -58,7 +59,10 @@ class Teacher:
         importance = None
         if student.is_measured:
             config = self.config.model_copy(update={"student": student})
-            importance = measure_importance(config, find_teacher(config), num_removed_layers(student, self.num_layers))
+            removed = num_removed_layers(student, self.num_layers)
+            if removed not in self._importance:  # measuring takes as long as half a training
+                self._importance[removed] = measure_importance(config, find_teacher(config), removed)
+            importance = self._importance[removed]
         return choose_layers(student, self.num_layers, importance)
 
 
@@ -82,6 +86,17 @@ class Student(nn.Module):
     def forward(self, states: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Returns the last hidden states [B, T, D], after the final norm, of states that enter the upper layers."""
         return _run(self.decoder, states, position_ids, mask)
+
+    def forward_from_middle(
+        self, states: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what :meth:`forward` does, and the states after the lowest trained layer, with the final norm."""
+        found: list[Any] = []
+        hook = self.decoder.layers[0].register_forward_hook(lambda *call: found.append(call[-1]))
+        with hook:
+            last = self(states, position_ids, mask)
+        middle = found[0][0] if isinstance(found[0], tuple) else found[0]  # a tuple in older transformers
+        return last, self.decoder.norm(middle)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Returns the trained parameters by name."""
