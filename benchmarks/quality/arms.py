@@ -158,7 +158,7 @@ GROUPS: Mapping[str, tuple[Arm, ...]] = {
             (1, 2, 4, 8),
             look=4,
         ),
-        Arm("rate", "learning rate", {}, "learning_rate", (2.5e-4, 1e-3, 2e-3), "batch", look=0.0005),
+        Arm("rate", "learning rate", {}, "learning_rate", (2.5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "batch", look=0.0005),
         Arm("batch again", "sequences in a step, at that rate", {}, "batch_size", (1, 2, 4, 8), "rate", look=4),
         Arm("beta2", "AdamW's second constant", {}, "beta2", (0.95, 0.99), "batch again", look=0.999),
         Arm("decay", "the fall of the rate", {}, "decay", ("linear",), "beta2", look="cosine"),
@@ -168,7 +168,7 @@ GROUPS: Mapping[str, tuple[Arm, ...]] = {
             "Muon for the matrices",
             {"optimizer": "muon"},
             "learning_rate",
-            (2e-3, 5e-3, 1e-2),
+            (2e-3, 5e-3, 1e-2, 2e-2),
             "warmup",
             keeps=False,
             look=0.005,
@@ -176,7 +176,7 @@ GROUPS: Mapping[str, tuple[Arm, ...]] = {
     ),
     "Plain distillation": (
         # Plain distillation, tuned once more; the arms that follow build on it.
-        _plain("ce", "cross-entropy alone", {"kd_weight": 0.0}, "learning_rate", (5e-4, 1e-3, 2e-3), look=1e-3),
+        _plain("ce", "cross-entropy alone", {"kd_weight": 0.0}, "learning_rate", (1e-3, 4e-3), look=1e-3),
         _plain("kd paper", "CE + KL with the paper's weight", {"kd_weight": 0.7}),
         Arm("kd", "CE + KL", {}, "kd_weight", (1.5, 15.0), "warmup", look=5.0, tested=True),
     ),
