@@ -39,7 +39,9 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=CONFIG, help="teacher and text; default: study.yaml")
     parser.add_argument("--name", default="written", help="name of the text in the results; default: written")
     parser.add_argument("--arms", nargs="+", default=(), metavar="NAME", help="train only these; default: all")
-    parser.add_argument("--seeds", nargs="*", type=int, metavar="SEED", help="of the test; default: 0 to 4")
+    parser.add_argument(
+        "--seeds", nargs="*", type=int, metavar="SEED", help="of the test or the looks; default: 0 to 4, or 100 to 102"
+    )
     parser.add_argument("--looks", action="store_true", help="train arms without tuning, with three seeds: for leads")
     parser.add_argument(
         "--length",
@@ -60,6 +62,7 @@ def main() -> int:
     parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="FILE.jsonl", help="default: the committed ones"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of training; default: cpu")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after this many minutes")
     parser.add_argument("--report", action="store_true", help="train nothing: write README.md from the results")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
@@ -78,7 +81,7 @@ def main() -> int:
             print(f"wrote {REPORT}")
             return 0
         # Imported late, so that --help does not wait for torch.
-        from benchmarks.quality.arms import TEST_SEEDS
+        from benchmarks.quality.arms import LOOK_SEEDS, TEST_SEEDS
         from benchmarks.quality.trainings import Runner
         from dskd.artifacts.lock import release_lock
         from dskd.config.reading import load_config
@@ -87,8 +90,8 @@ def main() -> int:
         run_pipeline(args.config, args.overrides, until="shards")
         config = load_config(args.config, args.overrides)
         release_lock(config.path(LOCK))  # the pipeline holds it until this process ends
-        runner = Runner(config, args.name, args.results, args.pairs, args.questions)
-        seeds = TEST_SEEDS if args.seeds is None else args.seeds
+        runner = Runner(config, args.name, args.results, args.pairs, args.questions, args.device)
+        seeds = args.seeds if args.seeds is not None else LOOK_SEEDS if args.looks else TEST_SEEDS
         runner.run(args.arms, seeds, args.minutes * 60, looks=args.looks, lengths=args.length)
         return 0
 

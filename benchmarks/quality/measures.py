@@ -58,9 +58,9 @@ def measure(
         words: related words.
     """
     mask = text.loss_mask[at]
-    columns = (states[mask], text.teacher_states[at][mask], text.labels[at][mask], text.lexical[at][mask])
+    columns = (states.cpu()[mask], text.teacher_states[at][mask], text.labels[at][mask], text.lexical[at][mask])
     parts = list(_parts(columns, matrix, teacher_matrix, words))
-    found = {name: torch.cat([getattr(part, name) for part in parts]).double() for name in _Sums._fields}
+    found = {name: torch.cat([getattr(part, name) for part in parts]).cpu().double() for name in _Sums._fields}
     means = {name: float(values.nanmean()) for name, values in found.items()}
     return {
         "kl": means["kl"],
@@ -92,13 +92,15 @@ def is_at_chance(measures: Mapping[str, float], name: str) -> bool:
 def _parts(
     columns: tuple[torch.Tensor, ...], matrix: torch.Tensor, teacher_matrix: torch.Tensor, words: Words
 ) -> Iterator[_Sums]:
-    for states, teacher_states, labels, lexical in zip(*(column.split(_CHUNK) for column in columns), strict=True):
+    related_words = words.related.to(matrix.device)
+    for chunk in zip(*(column.split(_CHUNK) for column in columns), strict=True):
+        states, teacher_states, labels, lexical = (column.to(matrix.device) for column in chunk)
         own = F.linear(states, matrix).log_softmax(-1)
         teacher = F.linear(teacher_states, teacher_matrix).log_softmax(-1)
         kl = (teacher.exp() * (teacher - own)).sum(-1)
         agreement = (own.argmax(-1) == teacher.argmax(-1)).float()
         nll = -own.gather(-1, labels[:, None]).squeeze(-1)
-        related = words.related[labels]
+        related = related_words[labels]
         exists = related >= 0
         chances = own.gather(-1, related.clamp(min=0)).masked_fill(~exists, -torch.inf)
         choice = (chances.amax(-1) < -nll).float().masked_fill(~exists.any(-1), torch.nan)

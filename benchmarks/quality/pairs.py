@@ -82,7 +82,7 @@ class Pairs:
             found.append(hidden[torch.arange(len(at)), self.last[at]])
         opposite, alike, one, other = torch.cat(found).chunk(4)
         chances = F.linear(torch.cat([opposite, alike]), student.output_matrix).log_softmax(-1)
-        chances = chances.gather(-1, self.words.repeat(2)[:, None]).squeeze(-1)
+        chances = chances.gather(-1, self.words.repeat(2)[:, None].to(chances.device)).squeeze(-1)
         by_words = chances[: len(self.words)] - chances[len(self.words) :]
         return {
             "opposites": area_under_curve(by_words, self.are_antonyms),
@@ -106,5 +106,5 @@ def area_under_curve(scores: torch.Tensor, is_positive: torch.Tensor) -> float:
     from scipy import stats
 
     positives, negatives = scores[is_positive], scores[~is_positive]
-    found = stats.mannwhitneyu(positives.numpy(), negatives.numpy())
+    found = stats.mannwhitneyu(positives.cpu().numpy(), negatives.cpu().numpy())
     return float(found.statistic) / (len(positives) * len(negatives))

@@ -128,7 +128,7 @@ class Questions:
         hidden = last.flatten(0, 1)[places]
         normalisers = torch.cat([F.linear(part, matrix).logsumexp(-1) for part in hidden.split(_CHUNK)])
         of_tokens = (hidden[place] * matrix[scored.token]).sum(-1) - normalisers[place]
-        return torch.zeros(len(self.row_of_choice)).index_add_(0, scored.choice, of_tokens)
+        return torch.zeros(len(self.row_of_choice)).index_add_(0, scored.choice, of_tokens.cpu())
 
     @property
     def measures(self) -> tuple[str, ...]:

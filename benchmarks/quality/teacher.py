@@ -34,18 +34,23 @@ class Teacher:
     _importance: dict[int, Importance] = field(default_factory=dict)  # by the number of layers that are removed
 
     @classmethod
-    def load(cls, config: Config) -> "Teacher":
-        """Loads the teacher of a config."""
+    def load(cls, config: Config, device: str = "cpu") -> "Teacher":
+        """Loads the teacher of a config to a device, on which its students are trained."""
         from transformers import AutoModelForCausalLM
 
         folder: ModelFolder = find_teacher(config)
         model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32, attn_implementation="sdpa")
-        return cls(model.eval().requires_grad_(False), folder.load_tokenizer(), config)
+        return cls(model.eval().requires_grad_(False).to(device), folder.load_tokenizer(), config)
 
     @property
     def num_layers(self) -> int:
         """The number of its layers."""
         return len(self.causal_lm.model.layers)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its parameters."""
+        return self.output_matrix.device
 
     @property
     def output_matrix(self) -> torch.Tensor:
@@ -143,7 +148,7 @@ def run_layers(
     *,
     with_norm: bool = False,
 ) -> torch.Tensor:
-    """Returns the states [S, T, D] that leave these layers of the teacher.
+    """Returns the states [S, T, D] that leave these layers of the teacher, on the CPU.
 
     Args:
         teacher: the teacher.
@@ -158,10 +163,10 @@ def run_layers(
         decoder.norm = nn.Identity()
     parts = []
     for at in torch.arange(len(sequences.input_ids)).split(_BATCH):
-        entering = embedded(sequences.input_ids[at]) if states is None else states[at]
+        entering = embedded(sequences.input_ids[at].to(teacher.device)) if states is None else states[at]
         if layers:
             entering = _run(decoder, entering, sequences.position_ids[at], sequences.attention_mask(at))
-        parts.append(entering)
+        parts.append(entering.cpu())
     return torch.cat(parts)
 
 
@@ -180,7 +185,9 @@ def _decoder(teacher: Teacher, layers: tuple[int, ...], *, copied: bool = True) 
 
 
 def _run(decoder: Any, states: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    # A mask of four dimensions is taken as it is: True where a position sees another.
+    # All data is on the CPU, and a batch of it is small. A mask of four dimensions is taken as it is: True where a
+    # position sees another.
+    states, position_ids, mask = (each.to(decoder.device) for each in (states, position_ids, mask))
     output = decoder(inputs_embeds=states, position_ids=position_ids, attention_mask=mask, use_cache=False)
     last: torch.Tensor = output.last_hidden_state
     return last

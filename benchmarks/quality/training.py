@@ -39,7 +39,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a training. CPU seconds hardly grow if others use the machine."""
+    """The cost of a training. CPU seconds hardly grow if others use the machine; on a GPU they are a clock's."""
 
     steps: int
     tokens: int
@@ -62,9 +62,10 @@ def train(student: Student, material: Material, settings: Settings, seed: int) -
     head = _head(student, settings, text)
     inputs = None
     if settings.sense_weight:
-        inputs = SenseInputs(text, material.dictionary, material.vectors, settings, seed)
+        vectors = material.vectors.to(student.output_matrix.device)
+        inputs = SenseInputs(text, material.dictionary, vectors, settings, seed)
     batches = _batches(text, settings, seed, steps, inputs)
-    began, positions, tokens = time.process_time(), 0, 0
+    began, positions, tokens = _seconds(student), 0, 0
     for step, (sequences, mask, senses) in enumerate(batches):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -84,7 +85,14 @@ def train(student: Student, material: Material, settings: Settings, seed: int) -
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    return Cost(steps, tokens, positions, time.process_time() - began)
+    return Cost(steps, tokens, positions, _seconds(student) - began)
+
+
+def _seconds(student: Student) -> float:
+    if student.output_matrix.device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _sense_map(student: Student, settings: Settings) -> nn.Linear | None:
@@ -97,7 +105,7 @@ def _sense_map(student: Student, settings: Settings) -> nn.Linear | None:
     width = student.output_matrix.shape[1]
     found = nn.Linear(width, width, bias=False)
     nn.init.eye_(found.weight)
-    return found
+    return found.to(student.output_matrix.device)
 
 
 def _named(sense_map: nn.Linear | None) -> dict[str, nn.Parameter]:
@@ -135,24 +143,23 @@ def _loss(
     senses: dict[str, Any] | None,
 ) -> torch.Tensor:
     """Returns the part of a step's mean loss that the sequences `at` have; `count` positions count in the step."""
-    text = material.text
+    text, device = material.text, hidden.device
     counted = 0 if senses is None else senses.pop("count")
-    drawn = None
-    if weights is not None:
-        drawn = weights[at]
+    teacher_states = text.teacher_states[at].to(device)
     loss, _ = head(
         hidden,
-        labels=text.labels[at],
-        loss_mask=mask,
+        labels=text.labels[at].to(device),
+        loss_mask=mask.to(device),
         normalizers=Normalizers(targets=1 / max(count, 1), senses=1 / max(counted, 1)),
-        teacher_hidden=text.teacher_states[at],
-        senses=senses,
-        token_weights=drawn,
+        teacher_hidden=teacher_states,
+        senses=None if senses is None else {name: value.to(device) for name, value in senses.items()},
+        token_weights=None if weights is None else weights[at].to(device),
         mapped=mapped,
     )
     if settings.lexical_divergence or settings.synonym_targets:
-        own, teacher, targets = hidden[mask], text.teacher_states[at][mask], text.labels[at][mask]
-        related = (material.words.related if settings.lexical_words == "related" else material.words.random)[targets]
+        own, teacher, labels = hidden[mask], teacher_states[mask], text.labels[at][mask]
+        words = material.words.related if settings.lexical_words == "related" else material.words.random
+        related, targets = words[labels].to(device), labels.to(device)
         share = len(targets) / max(count, 1)
         if settings.lexical_divergence:
             value = lexical_divergence(own, teacher, head.weight.detach(), targets, related, settings.temperature)

@@ -108,9 +108,9 @@ def planned_lengths(
                 yield Training("length", BY_NAME[name], seed, chosen[name], longer, length)
 
 
-def planned_looks(names: Sequence[str]) -> Iterator[Training]:
+def planned_looks(names: Sequence[str], seeds: Sequence[int] = LOOK_SEEDS) -> Iterator[Training]:
     """Yields the looks at arms, seed by seed; without `names` at all that change layers or loss."""
-    for seed in LOOK_SEEDS:
+    for seed in seeds:
         for arm in ARMS:
             if arm.name in names or (not names and (arm.tested or arm.tuned is None)):
                 yield Training("look", arm, seed, arm.look, arm.look_settings())
@@ -140,7 +140,13 @@ class Runner:
     """A runner that does the trainings on one text and saves their results."""
 
     def __init__(
-        self, config: Config, name: str, path: Path, pairs: Sequence[Path], questions: Sequence[str] = ()
+        self,
+        config: Config,
+        name: str,
+        path: Path,
+        pairs: Sequence[Path] = (),
+        questions: Sequence[str] = (),
+        device: str = "cpu",
     ) -> None:
         """Loads the teacher and the text.
 
@@ -151,9 +157,10 @@ class Runner:
             pairs: files of synonyms and antonyms; none to leave these measures out.
             questions: places of benchmarks (:func:`benchmarks.quality.questions.read_questions`), which students that
                 tuning tries do not answer.
+            device: of the teacher and of training.
         """
         self._config, self._name, self._path = config, name, path
-        self._teacher = Teacher.load(config)
+        self._teacher = Teacher.load(config, device)
         self._text, self._held_out = (load_text(config, split, self._teacher) for split in ("train", "validation"))
         self._parts = parts_of(self._held_out)
         dictionary, _ = load_dictionary(config)
@@ -184,7 +191,7 @@ class Runner:
 
         Args:
             names: the arms, empty for all.
-            seeds: of the test; none for tuning alone.
+            seeds: of the test, or the looks; none for tuning alone.
             budget_s: no training starts after so many seconds.
             looks: do the looks instead.
             lengths: numbers of tokens; do the arms with their chosen values on these instead.
@@ -197,7 +204,7 @@ class Runner:
             results = read_results(self._path)
             done = {result.identity for result in results}
             if looks:
-                planned = planned_looks(names)
+                planned = planned_looks(names, seeds)
             elif lengths:
                 tokens = self._text.input_ids.numel()
                 planned = planned_lengths(results, self._name, names, seeds, lengths, tokens)
@@ -242,7 +249,9 @@ class Runner:
         with torch.no_grad():
             states = torch.cat(
                 [
-                    student(held_out[part], self._held_out.position_ids[part], self._held_out.attention_mask(part))
+                    student(
+                        held_out[part], self._held_out.position_ids[part], self._held_out.attention_mask(part)
+                    ).cpu()
                     for part in at.split(8)
                 ]
             )
@@ -315,11 +324,13 @@ class Runner:
             cost.positions,
             round(cost.cpu_seconds, 1),
             datetime.date.today().isoformat(),
-            _where(),
+            _where(self._teacher.device),
             training.length,
         )
 
 
-def _where() -> str:
+def _where(device: torch.device) -> str:
     found = machine()
+    if device.type == "cuda":
+        return f"{found['device']}, torch {found['torch']}"
     return f"{found['device']}, {found['threads']} of {found['cores']} cores, torch {found['torch']}"
