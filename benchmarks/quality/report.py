@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.quality.arms import ARMS, BY_NAME, GROUPS, TUNING_SEED, Arm
 from benchmarks.quality.measures import BY_TEXT, DIGITS, MEASURES, OUTSIDE, is_at_chance
-from benchmarks.quality.results import TEACHER, UNTRAINED, Result, Stage, choose
+from benchmarks.quality.results import TEACHER, UNTRAINED, Result, Stage, choose, without_outdated
 from benchmarks.quality.settings import Settings
 from dskd.compare.statistics import CONFIDENCE, Difference, Estimate, holm, on_seeds
 
@@ -52,7 +52,7 @@ def render(results: Sequence[Result]) -> str:
         _INTRODUCTION.format(when=when, tuning=TUNING_SEED, level=_LEVEL, threshold=_THRESHOLD, at_chance=_AT_CHANCE)
     ]
     for text in dict.fromkeys(result.text for result in results):
-        of_text = [result for result in results if result.text == text]
+        of_text = without_outdated(results, text)
         parts += [f"## Text: {text}", _references(of_text)]
         stages = {result.stage for result in of_text if result.steps}
         if "tune" in stages:

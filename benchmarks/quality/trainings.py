@@ -15,7 +15,15 @@ from benchmarks.quality.arms import ARMS, BY_NAME, LOOK_SEEDS, TEST_SEEDS, TUNIN
 from benchmarks.quality.measures import describe, measure
 from benchmarks.quality.pairs import Pairs
 from benchmarks.quality.questions import Questions, read_questions
-from benchmarks.quality.results import TEACHER, UNTRAINED, Result, Stage, append_result, choose, read_results
+from benchmarks.quality.results import (
+    TEACHER,
+    UNTRAINED,
+    Result,
+    Stage,
+    append_result,
+    chosen_values,
+    read_results,
+)
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.teacher import Student, Teacher, lower_states, run_layers
 from benchmarks.quality.terms import entropies
@@ -54,7 +62,8 @@ def planned_trainings(
         names: the arms to train, with those that they build on; empty for all.
         seeds: of the test; none for tuning alone.
     """
-    wanted, chosen = _with_bases(names), chosen_values(results, text, names)
+    wanted = _with_bases(names)
+    chosen = chosen_values(results, text, wanted)
     for arm in ARMS:
         if arm.name in wanted and (arm.based_on is None or arm.based_on in chosen):
             for value in arm.values(chosen):
@@ -63,19 +72,6 @@ def planned_trainings(
         for name, value in chosen.items():
             if BY_NAME[name].tested:
                 yield Training("test", BY_NAME[name], seed, value, BY_NAME[name].settings(chosen, value))
-
-
-def chosen_values(results: Sequence[Result], text: str, names: Sequence[str]) -> dict[str, object]:
-    """Returns {arm: its value} of the arms `names`, empty for all, and those that they build on, once they are tuned;
-    None if nothing is tuned.
-    """
-    wanted, chosen = _with_bases(names), dict[str, object]()
-    for arm in ARMS:
-        if arm.name in wanted and (arm.based_on is None or arm.based_on in chosen):
-            best = choose(results, text, arm, chosen)
-            if arm.tuned is None or best is not None:
-                chosen[arm.name] = best
-    return chosen
 
 
 def planned_lengths(
@@ -95,7 +91,7 @@ def planned_lengths(
         UserError: when an arm's value is not chosen yet.
     """
     names = names or [arm.name for arm in ARMS if arm.tested]
-    chosen = chosen_values(results, text, names)
+    chosen = chosen_values(results, text, _with_bases(names))
     if missing := [name for name in names if name not in chosen]:
         raise UserError(
             f"--length: the value of {missing[0]!r} is not chosen yet; tune it first, without --length and --looks"

@@ -17,14 +17,14 @@ from benchmarks.quality.measures import BY_TEXT, is_at_chance, measure
 from benchmarks.quality.pairs import area_under_curve
 from benchmarks.quality.questions import Questions
 from benchmarks.quality.report import render
-from benchmarks.quality.results import Result, append_result, choose, read_results
+from benchmarks.quality.results import Result, append_result, choose, chosen_values, read_results, without_outdated
 from benchmarks.quality.senses import SenseInputs, nearer_to_antonyms, nearest_rows, sense_rows, with_random_words
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.teacher import Student, Teacher, lower_states, run_layers
 from benchmarks.quality.terms import entropies, lexical_divergence, synonym_targets
 from benchmarks.quality.text import Words, load_text, parts_of, similar_words
 from benchmarks.quality.training import Material, train
-from benchmarks.quality.trainings import chosen_values, planned_lengths, planned_looks, planned_trainings, require_arms
+from benchmarks.quality.trainings import planned_lengths, planned_looks, planned_trainings, require_arms
 from dskd.config.reading import load_config
 from dskd.corpus.tasks.benchmarks import BENCHMARKS
 from dskd.corpus.tasks.reading import read_examples
@@ -56,6 +56,13 @@ def _all_tuned(text="toy"):
         for result in new:
             kl -= 0.01
             results.append(dataclasses.replace(result, measures=MEASURES | {"kl": kl}))
+
+
+def _tested(arm, kl=2.0, seed=0, stage="test", length=0, **measures):
+    """A result of an arm with its chosen value."""
+    chosen = chosen_values(_all_tuned(), "toy")
+    result = _result(BY_NAME[arm].settings(chosen, chosen[arm]), kl, seed, stage, arm)
+    return dataclasses.replace(result, measures=result.measures | measures, length=length)
 
 
 def test_no_seed_of_the_test_is_tuned_on_and_arms_with_weights_try_equally_many():
@@ -137,7 +144,7 @@ def test_arms_at_equal_time_take_as_long_as_what_they_build_on():
 
 def test_longer_trainings_have_the_chosen_values_and_read_the_text_as_often_as_it_takes():
     results = _all_tuned()
-    chosen = chosen_values(results, "toy", ())
+    chosen = chosen_values(results, "toy")
     planned = list(planned_lengths(results, "toy", ["kd", "all layers, as long"], (0, 1), (2000, 500), 1000))
     assert [training.length for training in planned] == [500] * 4 + [2000] * 4
     kd, long = planned[:2]
@@ -149,15 +156,26 @@ def test_longer_trainings_have_the_chosen_values_and_read_the_text_as_often_as_i
 
 
 def test_the_report_has_arms_by_length():
-    results = [
-        dataclasses.replace(_result(kl=kl, seed=seed, stage="length", arm=arm), length=length)
-        for seed in range(3)
-        for arm, shift in (("kd", 0.0), ("hidden", 0.25))
-        for length, kl in ((1000, 2.0 + 0.01 * seed + shift * (1 + 0.1 * seed)), (2000, 1.0 + shift * (1 + 0.1 * seed)))
-    ]
+    results = list(_all_tuned())
+    for seed in range(3):
+        for arm, shift in (("kd", 0.0), ("hidden", 0.25 * (1 + 0.1 * seed))):
+            results.append(_tested(arm, 2.0 + 0.01 * seed + shift, seed, "length", 1000))
+            results.append(_tested(arm, 1.0 + shift, seed, "length", 2000))
     report = render(results)
     assert "kl, 1,000 tokens | against kd | kl, 2,000 tokens" in report
-    assert "| hidden | 2.2850 ± 0.0869 | **+0.2750 ± 0.0621** | 1.2750 ± 0.0621 | **+0.2750 ± 0.0621** |" in report
+    row = "| hidden | 2.2850 ± 0.0869 | **+0.2750 ± 0.0621** | 1.2750 ± 0.0621 | **+0.2750 ± 0.0621** |"
+    assert row in report
+
+
+def test_results_of_an_arm_with_settings_that_were_chosen_before_do_not_count():
+    now = [_tested("kd"), _tested("kd", stage="length", length=500)]
+    before = [
+        dataclasses.replace(result, settings={**result.settings, "learning_rate": 0.123}, seed=7) for result in now
+    ]
+    look = _result(BY_NAME["kd"].look_settings(), seed=100, stage="look")
+    results = [*_all_tuned(), *now, *before, look, dataclasses.replace(look, settings={}, seed=101)]
+    assert without_outdated(results, "toy") == [*_all_tuned(), *now, look]
+    assert not without_outdated(results, "another")
 
 
 def test_settings_that_are_not_used_change_no_identity():
@@ -206,11 +224,8 @@ def test_the_committed_report_is_that_of_the_committed_results():
 
 def test_the_intervals_of_the_report_are_those_of_scipy():
     values = {"kd": [2.0, 2.3, 1.8, 2.1, 2.4], "hidden": [1.9, 2.1, 1.8, 2.2, 2.0]}
-    results = [
-        _result(kl=value, seed=seed, stage="test", arm=name)
-        for name, of_seeds in values.items()
-        for seed, value in enumerate(of_seeds)
-    ]
+    results = [_tested(name, kl, seed) for name, of_seeds in values.items() for seed, kl in enumerate(of_seeds)]
+    results += _all_tuned()
     report = render(results)
     for of_seeds in values.values():
         mean = sum(of_seeds) / 5
@@ -225,11 +240,10 @@ def test_the_intervals_of_the_report_are_those_of_scipy():
 def test_differences_are_bold_if_they_are_sure_and_left_out_where_the_teacher_is_at_chance():
     counted = {"piqa": 0.52, "piqa_n": 150, "piqa_chance": 0.5, "opposites": 0.7, "opposites_n": 500}
     teacher = dataclasses.replace(_result(stage="test", arm="teacher"), measures=MEASURES | counted)
-    results = [teacher]
+    results = [*_all_tuned(), teacher]
     for seed in range(5):
-        for arm, kl, piqa in (("kd", 2.0, 0.5), ("hidden", 1.9, 0.6)):
-            measures = MEASURES | {"kl": kl + 0.001 * seed * seed * (arm == "kd"), "piqa": piqa, "opposites": 0.5}
-            results.append(dataclasses.replace(_result(seed=seed, stage="test", arm=arm), measures=measures))
+        results.append(_tested("kd", 2 + 0.001 * seed**2, seed, piqa=0.5, opposites=0.5))
+        results.append(_tested("hidden", 1.9, seed, piqa=0.6, opposites=0.5))
     report = render(results)
     assert "**-0.1060 ± 0.0082**" in report
     assert "piqa †" in report
@@ -401,6 +415,7 @@ def test_random_words_replace_synonyms_and_antonyms_and_nothing_else(material):
     for name, relation in ((SYNONYM_ROWS, "synonym"), (ANTONYM_ROWS, "antonym")):
         assert (rows[name][..., 0] >= 0).equal(text.rows[name][..., 0] >= 0)
         before, after = (each.entries.neighbours(relation) for each in (dictionary, exchanged))
+        assert (before.values != after.values).float().mean() > 0.5
         assert (dictionary.senses_per_entry[before.values] > 0).equal(dictionary.senses_per_entry[after.values] > 0)
         for sequence, position in (rows[name][..., 0] >= 0).nonzero().tolist():
             target = int(text.labels[sequence, position])
