@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import cluster_lab.slurm
 import pytest
 import torch
+import unsynced  # noqa: F401 - for its effect
 from cluster_lab import hosts
 from cluster_lab.hosts import Lab
 from cluster_lab.slurm import Slurm

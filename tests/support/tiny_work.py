@@ -48,7 +48,7 @@ TINY = {
         "collective_timeout_s": 120,
     },
     "tracking": {"experiment": "tests"},
-    "evaluation": {"batch_size": 4, "samples": 3, "sample_tokens": 8},
+    "evaluation": {"batch_size": 10, "samples": 3, "sample_tokens": 8},
 }
 # The database without runs that copies start with.
 NO_RUNS = "mlflow.db"

@@ -1,11 +1,13 @@
 """The map from the states of a student of another width to the teacher's: its fit, and runs that train it."""
 
-import functools
+import contextlib
+import io
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from plain_reading import run_apart, steps_of_run
 from rank_processes import ONE_RANK, run_program
 from safetensors.torch import load_file
@@ -24,7 +26,6 @@ from dskd.training import checkpoint
 from dskd.training.exporting.export import build_export
 from dskd.training.inputs import load_inputs
 from dskd.training.train import train
-from dskd.training.universal_checkpoint import make_universal, universal_folder
 from dskd.training.width_map import StateSums
 
 WIDTH, TEACHER_WIDTH = 48, TINY["teacher"]["train_from_scratch"]["hidden_size"]
@@ -86,17 +87,11 @@ def narrow(tiny, world, tmp_path_factory):
 
 
 def _map_of(config):
-    """Returns the map in the newest checkpoint of a run, [D', D]."""
-    return _map_in(checkpoint.latest(config).path)
-
-
-@functools.cache  # making the universal form of a checkpoint takes longer than training it
-def _map_in(newest):
-    make_universal(newest)
-    file = universal_folder(newest) / "zero" / "width_map.weight" / "fp32.pt"
-    weight = torch.load(file, weights_only=True)
-    shutil.rmtree(universal_folder(newest))
-    return weight.view(TEACHER_WIDTH, WIDTH)
+    """Returns the map in the newest checkpoint of a run, [D', D], as DeepSpeed reads it."""
+    newest = checkpoint.latest(config).path
+    with contextlib.redirect_stdout(io.StringIO()):
+        weights = get_fp32_state_dict_from_zero_checkpoint(newest.parent, newest.name)
+    return weights["width_map.weight"].view(TEACHER_WIDTH, WIDTH)
 
 
 @pytest.mark.slow

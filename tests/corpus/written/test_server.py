@@ -130,7 +130,7 @@ def running(monkeypatch):
     monkeypatch.setattr(connection, "_STARTS_WITHIN_S", 0.3)
     monkeypatch.delenv("DSKD_SERVER_KEY", raising=False)
     running = _Server()
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
     yield running
     running.shutdown()
     running.server_close()
