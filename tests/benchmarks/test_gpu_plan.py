@@ -52,7 +52,7 @@ def plan(tmp_path, monkeypatch):
     (tmp_path / "waits.py").write_text(_WAITS.format(log=str(tmp_path / "waits")))
     sections = [
         Section("fails", "Fails", "fails", "", "", 60, needs_work=False),
-        Section("waits", "Waits", "waits", "", "", 5, needs_work=False),
+        Section("waits", "Waits", "waits", "", "", 2, needs_work=False),
         Section("absent", "Absent", "measures", "", "", 60, ("no_such_package",), needs_work=False),
         Section("measures", "Measures", "measures", "", "", 60, needs_work=False),
     ]
@@ -71,7 +71,7 @@ def test_a_section_that_fails_or_takes_too_long_does_not_keep_others_from_being_
     statuses = {result["name"]: result["status"] for result in read_results(plan.out, "tiny")}
     assert statuses == {
         "fails": "failed with exit code 3",
-        "waits": "ended after 5 s, its limit",
+        "waits": "ended after 2 s, its limit",
         "absent": "not installed: no_such_package",
         "measures": "measured",
     }

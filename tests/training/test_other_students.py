@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from tracked_results import losses_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from dskd.artifacts import kinds
 from dskd.config.reading import load_config
 from dskd.errors import UserError
 from dskd.evaluation.held_out_text import evaluate
@@ -138,7 +137,8 @@ def test_the_export_is_the_trained_student_for_transformers_alone(trained):
     assert AutoTokenizer.from_pretrained(folder)("large and small")["input_ids"]
 
 
-def test_two_ranks_train_the_same_student_and_a_resumed_run_equals_one_that_did_not_stop(trained, copy_of_tiny):
+def test_two_ranks_train_the_same_student(trained, copy_of_tiny):
+    """How a run resumes whose student is trained as a whole: test_width_map.py."""
     of_one = load_config(trained)
     two = copy_of_tiny(*KEPT, student={"path": of_one.student.path}, loss=LOSS, train=SETTINGS)
     shutil.copytree(of_one.path("student"), load_config(two).path("student"))
@@ -146,14 +146,9 @@ def test_two_ranks_train_the_same_student_and_a_resumed_run_equals_one_that_did_
     for name in ("loss", "ce", "kl", "grad_norm"):
         values = [[value for _, value in losses_of(path, f"train/{name}")] for path in (trained, two)]
         assert values[0] == pytest.approx(values[1], rel=2e-4), name
-    stopped = load_config(two)
-    whole = _tensors(two)
-    shutil.rmtree(kinds.checkpoint_folder(stopped) / "step-00000003")
-    run_program("train.py", two, "--resume", ranks=2)
-    resumed = _tensors(two)
-    assert whole.keys() == resumed.keys()
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, resumed[name]), name
+    tensors = _tensors(two)
+    for name, tensor in _tensors(trained).items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=1e-3, atol=2e-5)
 
 
 def test_its_states_are_not_compared_with_sense_embeddings_of_another_width(trained, world):
