@@ -54,14 +54,18 @@ _LONGEST = (
     "test_pipeline.py",
     "test_stored_states.py",
     "test_width_map.py",
-    "test_faults.py",
-    "test_shipped_configs.py",
     "test_training.py",
+    "test_shipped_configs.py",
     "test_tracking_outages.py",
     "test_architectures.py",
-    "test_lm_eval.py",
     "test_interruption.py",
-    "test_writing.py",
+    "test_tracking.py",
+    "test_plan.py",
+    "test_other_students.py",
+    "test_storing_states.py",
+    "test_lm_eval.py",
+    "test_memory.py",
+    "test_faults.py",
 )
 
 
