@@ -140,10 +140,11 @@ def test_the_pipeline_cuts_what_the_teacher_wrote_into_sequences(tmp_path, monke
     path = write_job(tmp_path, max_new_tokens=40, temperature=1.5, packing="stream")
     monkeypatch.setattr(pipeline, "launch", functools.partial(launch_forked, ranks=1))
     monkeypatch.setattr("dskd.distributed.stopping.listen", lambda: None)  # pytest handles signals to this process
-    pipeline.run_pipeline(path, [], until="sequences")
-    release_lock(load_config(path).path(pipeline.LOCK))
-    loaded = load_config(path)
-    stages = pipeline.plan_stages(loaded, path, [], lambda: find_teacher(loaded))
+    overrides = ["student.layers=2", "student.train_layers=1"]  # the teacher has 4
+    pipeline.run_pipeline(path, overrides, until="sequences")
+    loaded = load_config(path, overrides)
+    release_lock(loaded.path(pipeline.LOCK))
+    stages = pipeline.plan_stages(loaded, path, overrides, lambda: find_teacher(loaded))
     names = [stage.name for stage in stages]
     assert names[:4] == ["lexicon", "written", "corpus", "sequences"]
     assert all(stage.is_current() for stage in stages[:4])
