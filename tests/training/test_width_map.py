@@ -11,7 +11,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from plain_reading import run_apart, steps_of_run
 from rank_processes import ONE_RANK, run_program
 from safetensors.torch import load_file
-from tiny_work import BEFORE_TRAINING, TINY, copy_work
+from tiny_work import BEFORE_TRAINING, RESIDENT, TINY, copy_work
 from torch.nn import functional as F
 from tracked_results import losses_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,7 +31,7 @@ from dskd.training.width_map import StateSums
 WIDTH, TEACHER_WIDTH = 48, TINY["teacher"]["train_from_scratch"]["hidden_size"]
 LOSS = {**TINY["loss"], "hidden_weight": 2.0}
 # On one rank two micro-batches a step: with a small model, each takes as long as a larger one would.
-SETTINGS = {**TINY["train"], "steps": 4, "checkpoint_every": 2, "micro_batch_size": 4}
+SETTINGS = {**TINY["train"], "steps": 4, "checkpoint_every": 2, "micro_batch_size": 4, "num_workers": 0}
 R_SQUARED = "width_map/r_squared"
 TERMS = ("loss", "ce", "kl", "sense", "hidden", "grad_norm")
 
@@ -73,7 +73,8 @@ def _work(tiny, folder, **changes):
     """Writes a config in `folder`, with a work directory up to training, whose student is narrower than the teacher."""
     student = {"from_config": {"layers": 2, "hidden_size": WIDTH, "heads": 4}}
     kept = (name for name in BEFORE_TRAINING if name != "student")
-    path = copy_work(tiny, folder, *kept, **{"loss": LOSS, "student": student, "train": SETTINGS, **changes})
+    settings = {"teacher": RESIDENT, "loss": LOSS, "student": student, "train": SETTINGS}
+    path = copy_work(tiny, folder, *kept, **{**settings, **changes})
     build_student(load_config(path))
     return path
 
