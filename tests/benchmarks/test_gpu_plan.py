@@ -185,7 +185,7 @@ def test_ways_to_run_the_teacher_are_compared_and_one_that_is_missing_is_named(t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [["work", "teacher_pass"], pytest.param([], marks=_ONLY_IF_ASKED)])
+@pytest.mark.parametrize("names", [["work", "loss_memory"], pytest.param([], marks=_ONLY_IF_ASKED)])
 def test_the_plan_runs_with_tiny_shapes(tmp_path, monkeypatch, names):
     """Its sections are programs of their own."""
     chosen = [section for section in SECTIONS if not names or section.name in names]
