@@ -35,7 +35,7 @@ PY     := $(VENV)/bin/python
 # Skipped tests are listed with their reasons.
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs $(ARGS)
 
-.PHONY: quickstart smollm2 test test-fast test-cluster test-nvme test-gpu wheels check docs models env wordnet browser clean
+.PHONY: quickstart smollm2 test test-fast test-cluster test-nvme test-gpu wheels check lint docs models env wordnet browser clean
 .DELETE_ON_ERROR:
 
 # The config is CONFIG or the quickstart, and a toy if the quickstart's teacher cannot be fetched. Other errors, such as a
@@ -54,8 +54,11 @@ quickstart: env wordnet
 smollm2: env
 	@$(PY) -m dskd smollm2
 
-test: check wordnet browser
-	$(PYTEST) -m "not cluster"
+# The type checker takes half a minute of one core: it runs during the tests, and its findings come after theirs.
+test: lint wordnet browser
+	$(VENV)/bin/mypy >$(VENV)/mypy.txt 2>&1 & types=$$!; \
+	$(PYTEST) -m "not cluster"; code=$$?; \
+	wait $$types || { cat $(VENV)/mypy.txt; exit 1; }; exit $$code
 
 test-fast: check wordnet
 	$(PYTEST) -m "not slow and not cluster"
@@ -94,10 +97,12 @@ wheels: env wordnet
 		[ ! -f $$place/data.noun ] || tar -czf wheels/wordnet.tar.gz -C $$place .; done
 	@du -sh wheels
 
-check: env
+check: lint
+	$(VENV)/bin/mypy
+
+lint: env
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
 docs: env

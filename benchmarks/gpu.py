@@ -130,6 +130,16 @@ SECTIONS = (
         f"{_WORK} --rounds 1",
         150,
     ),
+    # It needs the quickstart's teacher.
+    Section(
+        "study",
+        "Arms of the study of students",
+        "benchmarks.study",
+        "--folder {work}/study",
+        "--folder {work}/study --toy",
+        300,
+        needs_work=False,
+    ),
 )
 
 

@@ -23,7 +23,6 @@ from dskd.artifacts.kinds import Kind
 from dskd.artifacts.lock import hold_lock
 from dskd.artifacts.manifest import Recipe, is_current
 from dskd.cli.launching import StageFailedError, launch
-from dskd.cli.results import describe_results
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.console import say
@@ -109,6 +108,8 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
     if current:
         say(f"up to date: {', '.join(current)}")
     if until is None:
+        from dskd.cli.results import describe_results  # here: it imports scipy.stats and matplotlib, for a second
+
         update_cards(config)
         print(
             f"\n{describe_results(config)}\n\nPipeline finished in {time.perf_counter() - started:.0f} s.", flush=True

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import cluster_lab.slurm
 import pytest
 import torch
+import unsynced  # noqa: F401 - for its effect
 from cluster_lab import hosts
 from cluster_lab.hosts import Lab
 from cluster_lab.slurm import Slurm
@@ -53,14 +54,18 @@ _LONGEST = (
     "test_pipeline.py",
     "test_stored_states.py",
     "test_width_map.py",
-    "test_faults.py",
-    "test_shipped_configs.py",
     "test_training.py",
+    "test_shipped_configs.py",
     "test_tracking_outages.py",
     "test_architectures.py",
-    "test_lm_eval.py",
     "test_interruption.py",
-    "test_writing.py",
+    "test_tracking.py",
+    "test_plan.py",
+    "test_other_students.py",
+    "test_storing_states.py",
+    "test_lm_eval.py",
+    "test_memory.py",
+    "test_faults.py",
 )
 
 

@@ -29,7 +29,7 @@ def _settings(folder):
     return {
         "workdir": str(folder / "work"),
         "precision": "fp32",
-        "teacher": {"path": str(folder / "model.gguf")},
+        "teacher": {"path": str(folder / "model.gguf"), "mode": "resident"},
         "corpus": {"source": "files", "train": (str(folder / "text.jsonl"),), "sequence_length": 32},
         "lexicon": {"wordnet": False, "tsv": (str(folder / "own.tsv"),)},
         "senses": {"k": 2, "key": "target"},

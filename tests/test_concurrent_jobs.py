@@ -41,7 +41,7 @@ def _held_by_another_process(lock: Path):
 
 def test_an_evaluation_that_another_process_made_in_the_meantime_is_kept(copy_of_tiny, world, monkeypatch, tmp_path):
     path = copy_of_tiny("teacher", "student", "senses", "shards", "evaluation")
-    config = load_config(path, ["tracking.enabled=false"])
+    config = load_config(path, ["tracking.enabled=false", "teacher.mode=resident"])
     target, theirs = config.path("evaluation", "student"), tmp_path / "theirs"
     target.rename(theirs)
     (theirs / "mark").touch()

@@ -40,7 +40,7 @@ def prepared(tmp_path_factory):
     settings = {
         "workdir": str(folder / "work"),
         "precision": "fp32",
-        "teacher": {"path": str(folder / "teacher"), "offload": "none"},
+        "teacher": {"path": str(folder / "teacher"), "mode": "resident"},
         "corpus": {"source": "files", "train": [str(folder / "text.txt")], "sequence_length": 32},
         "lexicon": {"wordnet": False, "tsv": [str(folder / "own.tsv")]},
         "senses": {"k": 4, "max_states": 40, "batch_size": 8, "memory_budget": 1e-4, "save_minutes": 0.0},

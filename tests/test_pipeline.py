@@ -114,7 +114,7 @@ def test_another_decoder_can_be_the_teacher(tiny, tmp_path, world):
     config = Config(
         workdir=str(tmp_path / "work"),
         precision="fp32",
-        teacher={"path": str(tmp_path / "teacher")},
+        teacher={"path": str(tmp_path / "teacher"), "mode": "resident"},
         corpus={
             "source": "files",
             "train": (str(tmp_path / "text.txt"),),

@@ -15,6 +15,8 @@ examples:
   python -m benchmarks.quality                                     all of it; the same command resumes
   python -m benchmarks.quality --arms senses divergence            these arms and those that they build on
   python -m benchmarks.quality --looks                             three seeds of every arm, untuned: leads, in an hour
+  python -m benchmarks.quality --arms kd senses --length 262144 1048576
+                                                                   tuned arms on 0.25 and 1 million tokens
   python -m benchmarks.quality --seeds --minutes 30                tuning alone; starts no training after half an hour
   python -m benchmarks.quality --name handbook workdir=work/handbook corpus.source=files 'corpus.train=[handbook/*.txt]'
                                                                    on a text of your own
@@ -37,12 +39,30 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=CONFIG, help="teacher and text; default: study.yaml")
     parser.add_argument("--name", default="written", help="name of the text in the results; default: written")
     parser.add_argument("--arms", nargs="+", default=(), metavar="NAME", help="train only these; default: all")
-    parser.add_argument("--seeds", nargs="*", type=int, metavar="SEED", help="of the test; default: 0 to 4")
+    parser.add_argument(
+        "--seeds", nargs="*", type=int, metavar="SEED", help="of the test or the looks; default: 0 to 4, or 100 to 102"
+    )
     parser.add_argument("--looks", action="store_true", help="train arms without tuning, with three seeds: for leads")
+    parser.add_argument(
+        "--length",
+        nargs="+",
+        type=int,
+        default=(),
+        metavar="TOKENS",
+        help="train arms with their chosen values on these numbers of tokens, and test them",
+    )
     parser.add_argument("--pairs", nargs="*", type=Path, default=(), metavar="FILE", help="pairs of AntSynNET")
+    parser.add_argument(
+        "--questions",
+        nargs="*",
+        default=(),
+        metavar="BENCHMARK=FOLDER",
+        help="arc_easy, arc_challenge, piqa, commonsense_qa, each with the folder of its files as published",
+    )
     parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="FILE.jsonl", help="default: the committed ones"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of training; default: cpu")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after this many minutes")
     parser.add_argument("--report", action="store_true", help="train nothing: write README.md from the results")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
@@ -61,7 +81,7 @@ def main() -> int:
             print(f"wrote {REPORT}")
             return 0
         # Imported late, so that --help does not wait for torch.
-        from benchmarks.quality.arms import TEST_SEEDS
+        from benchmarks.quality.arms import LOOK_SEEDS, TEST_SEEDS
         from benchmarks.quality.trainings import Runner
         from dskd.artifacts.lock import release_lock
         from dskd.config.reading import load_config
@@ -70,9 +90,9 @@ def main() -> int:
         run_pipeline(args.config, args.overrides, until="shards")
         config = load_config(args.config, args.overrides)
         release_lock(config.path(LOCK))  # the pipeline holds it until this process ends
-        runner = Runner(config, args.name, args.results, args.pairs)
-        seeds = TEST_SEEDS if args.seeds is None else args.seeds
-        runner.run(args.arms, seeds, args.minutes * 60, looks=args.looks)
+        runner = Runner(config, args.name, args.results, args.pairs, args.questions, args.device)
+        seeds = args.seeds if args.seeds is not None else LOOK_SEEDS if args.looks else TEST_SEEDS
+        runner.run(args.arms, seeds, args.minutes * 60, looks=args.looks, lengths=args.length)
         return 0
 
     return run(action)

@@ -7,7 +7,7 @@ test part.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +17,12 @@ TUNING_SEED = 100  # none of the test's: a value that fits a seed's batches has 
 TEST_SEEDS = (0, 1, 2, 3, 4)
 LOOK_SEEDS = (100, 101, 102)
 CHOSEN_BY = "kl"  # the lowest on the validation part
+
+
+# CPU seconds of the study's teacher on one core, for a sequence and for an optimizer step: of a trained layer, of a
+# trained output matrix, and of what is always there. The head's are those of a sequence with all positions in the loss.
+_SEQUENCE_S, _LAYER_S, _HEAD_S, _MATRIX_S = 0.03, 0.045, 0.33, 0.09
+_STEP_S, _LAYER_STEP_S, _MATRIX_STEP_S = 0.09, 0.027, 0.48
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Arm:
     keeps: bool = True  # the value of the arm it builds on is a trial, too: tuning may find nothing better
     against: tuple[str, ...] = ()  # the arms that it is compared with, seed by seed
     tested: bool = False
+    as_long: bool = False  # it reads as much of the text as the arm it builds on can in the same time
 
     def settings(self, chosen: Mapping[str, Any], value: Any = None) -> Settings:
         """Returns the settings of a trial.
@@ -41,7 +48,11 @@ class Arm:
             chosen: the chosen values of the arms that it builds on, by name.
             value: the value that is tried, None if nothing is tuned.
         """
-        return Settings.of(self._changes(chosen) | ({} if self.tuned is None else {self.tuned: value}))
+        found = Settings.of(self._changes(chosen) | ({} if self.tuned is None else {self.tuned: value}))
+        if self.as_long and self.based_on is not None:
+            base = BY_NAME[self.based_on].settings(chosen, chosen[self.based_on])
+            found = replace(found, epochs=round(base.epochs * time_of_sequence(base) / time_of_sequence(found), 2))
+        return found
 
     def look_settings(self) -> Settings:
         """Returns the settings of a look: every value on the way is the look's."""
@@ -68,6 +79,13 @@ class Arm:
         return found | dict(self.changes)
 
 
+def time_of_sequence(settings: Settings) -> float:
+    """Returns the CPU seconds that a training spends on a sequence, for arms that are compared at equal time."""
+    layers, has_matrix, share = settings.train_layers, settings.train_head, settings.position_share
+    step = _STEP_S + layers * _LAYER_STEP_S + has_matrix * _MATRIX_STEP_S
+    return _SEQUENCE_S + layers * _LAYER_S + share * (_HEAD_S + has_matrix * _MATRIX_S) + step / settings.batch_size
+
+
 def _plain(
     name: str,
     description: str,
@@ -77,9 +95,28 @@ def _plain(
     *,
     look: float | None = None,
     based_on: str = "warmup",
+    as_long: bool = False,
 ) -> Arm:
     """Returns a way of plain distillation that is tested against `kd`."""
-    return Arm(name, description, changes, tuned, trials, based_on, look=look, against=("kd",), tested=True)
+    against = ("kd",)
+    return Arm(
+        name, description, changes, tuned, trials, based_on, look=look, against=against, tested=True, as_long=as_long
+    )
+
+
+def _cut(name: str, description: str, changes: Mapping[str, Any], trials: tuple[float, ...] = ()) -> tuple[Arm, ...]:
+    """Returns arms with other layers or parameters trained: in as many steps as `kd`, and in as much time if that
+    differs; with `trials`, learning rates are tried.
+    """
+    tuned, look = ("learning_rate", 5e-4) if trials else (None, None)
+    same_steps = _plain(name, description, changes, tuned, trials, look=look, based_on="kd")
+    if changes.keys() <= {"keep", "train_norm"}:
+        return (same_steps,)
+    description += ", for as long"
+    return (
+        same_steps,
+        _plain(f"{name}, as long", description, changes, tuned, trials, look=look, based_on="kd", as_long=True),
+    )
 
 
 def _added(
@@ -97,111 +134,199 @@ def _added(
     return Arm(name, description, changes, setting, trials, "kd", look=look, keeps=False, against=against, tested=True)
 
 
-def _with_senses(name: str, description: str, changes: Mapping[str, Any] = MappingProxyType({})) -> Arm:
-    return _added(name, description, "sense_weight", (0.1, 0.3, 1.0), changes, against=("hidden",))
+def _with_senses(
+    name: str,
+    description: str,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    against: tuple[str, ...] = ("hidden",),
+) -> Arm:
+    return _added(name, description, "sense_weight", (0.1, 0.3, 1.0), changes, against=against)
 
 
-ARMS = (
-    # The optimizer, one setting after the other, on CE + KD 5 at a third of the positions, which makes it cheap.
-    Arm("batch", "sequences in a step", {"kd_weight": 5.0, "position_share": 0.35}, "batch_size", (1, 2, 4, 8), look=4),
-    Arm("rate", "learning rate", {}, "learning_rate", (2.5e-4, 1e-3, 2e-3), "batch", look=0.0005),
-    Arm("batch again", "sequences in a step, at that rate", {}, "batch_size", (1, 2, 4, 8), "rate", look=4),
-    Arm("beta2", "AdamW's second constant", {}, "beta2", (0.95, 0.99), "batch again", look=0.999),
-    Arm("decay", "the fall of the rate", {}, "decay", ("linear",), "beta2", look="cosine"),
-    Arm("warmup", "share of steps in which the rate rises", {}, "warmup", (0.01, 0.2), "decay", look=0.05),
-    Arm(
-        "muon",
-        "Muon for the matrices",
-        {"optimizer": "muon"},
-        "learning_rate",
-        (2e-3, 5e-3, 1e-2),
-        "warmup",
-        keeps=False,
-        look=0.005,
+_PUSH = {"synonym_weight": 0.0, "sense_own": False, "relative_margin": 1.0}
+
+# Arms by what they change, in the order in which they are tuned.
+GROUPS: Mapping[str, tuple[Arm, ...]] = {
+    "The optimizer": (
+        # The optimizer, one setting after the other, on CE + KD 5 at a third of the positions, which makes it cheap.
+        Arm(
+            "batch",
+            "sequences in a step",
+            {"kd_weight": 5.0, "position_share": 0.35},
+            "batch_size",
+            (1, 2, 4, 8),
+            look=4,
+        ),
+        Arm("rate", "learning rate", {}, "learning_rate", (2.5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "batch", look=0.0005),
+        Arm("batch again", "sequences in a step, at that rate", {}, "batch_size", (1, 2, 4, 8), "rate", look=4),
+        Arm("beta2", "AdamW's second constant", {}, "beta2", (0.95, 0.99), "batch again", look=0.999),
+        Arm("decay", "the fall of the rate", {}, "decay", ("linear",), "beta2", look="cosine"),
+        Arm("warmup", "share of steps in which the rate rises", {}, "warmup", (0.01, 0.2), "decay", look=0.05),
+        Arm(
+            "muon",
+            "Muon for the matrices",
+            {"optimizer": "muon"},
+            "learning_rate",
+            (2e-3, 5e-3, 1e-2, 2e-2),
+            "warmup",
+            keeps=False,
+            look=0.005,
+        ),
     ),
-    # Which layers.
-    Arm("first", "the paper's cut: the lowest layers", {"keep": "first"}, based_on="warmup"),
-    Arm("even", "evenly spaced layers", {"keep": "even"}, based_on="warmup"),
-    Arm("importance", "without the block that changes states least", {"keep": "importance"}, based_on="warmup"),
-    Arm("3 layers", "three layers trained", {"train_layers": 3}, based_on="warmup"),
-    Arm("norm", "the final norm trained, too", {"train_norm": True}, based_on="warmup"),
-    # Plain distillation, tuned once more; the arms that follow build on it.
-    _plain("ce", "cross-entropy alone", {"kd_weight": 0.0}, "learning_rate", (5e-4, 1e-3, 2e-3), look=1e-3),
-    _plain("kd paper", "CE + KL with the paper's weight", {"kd_weight": 0.7}),
-    Arm("kd", "CE + KL", {}, "kd_weight", (1.5, 15.0), "warmup", look=5.0, tested=True),
-    _plain("temperature", "the KL at another temperature", {}, "temperature", (1.0, 4.0), based_on="kd", look=1.0),
-    # As long as with .35 of the positions, at the cost that layers and head have here.
-    _plain(
-        "all positions",
-        "all positions in the loss, for as long",
-        {"position_share": 1.0, "epochs": 0.48},
-        based_on="kd",
+    "Plain distillation": (
+        # Plain distillation, tuned once more; the arms that follow build on it.
+        _plain("ce", "cross-entropy alone", {"kd_weight": 0.0}, "learning_rate", (1e-3, 4e-3), look=1e-3),
+        _plain("kd paper", "CE + KL with the paper's weight", {"kd_weight": 0.7}),
+        Arm("kd", "CE + KL", {}, "kd_weight", (1.5, 15.0), "warmup", look=5.0, tested=True),
     ),
-    _plain(
-        "few positions",
-        "fewer positions in the loss, for as long",
-        {"position_share": 0.15, "epochs": 1.5},
-        based_on="kd",
+    "What is kept and trained": (
+        # Which layers are kept, and what is trained.
+        *_cut("first", "the paper's cut: the lowest layers", {"keep": "first"}),
+        *_cut("even", "evenly spaced layers", {"keep": "even"}),
+        *_cut("importance", "without the block that changes states least", {"keep": "importance"}),
+        *_cut("norm", "the final norm trained, too", {"train_norm": True}),
+        *_cut("3 layers", "three layers trained", {"train_layers": 3}),
+        *_cut("importance, 3 layers", "the same of that cut", {"keep": "importance", "train_layers": 3}),
+        *_cut("head", "the output matrix trained, too", {"train_head": True}, (1e-3, 2e-3)),
+        *_cut("all layers", "all layers trained", {"train_layers": 15}, (1e-3, 2e-3)),
     ),
-    _added("hidden", "+ distance to the teacher's last state", "hidden_weight", (0.3, 1.0, 5.0)),
-    # Senses, each with its controls.
-    _with_senses("senses", "+ the paper's sense loss"),
-    _with_senses("synonyms", "+ the sense loss without antonyms", {"antonym_weight": 0.0}),
-    _with_senses("antonyms", "+ the sense loss without synonyms", {"synonym_weight": 0.0}),
-    _with_senses("distribution", "+ the divergence of distributions over senses", {"sense_form": "distribution"}),
-    _added(
-        "divergence",
-        "+ the divergence over a target's synonyms and antonyms alone",
-        "lexical_divergence",
-        (0.3, 1.0, 3.0),
-        against=("divergence random",),
+    "The loss": (
+        # The loss.
+        _plain("temperature", "the KL at another temperature", {}, "temperature", (1.0, 4.0), based_on="kd", look=1.0),
+        _plain(
+            "all positions",
+            "all positions in the loss, for as long",
+            {"position_share": 1.0},
+            based_on="kd",
+            as_long=True,
+        ),
+        _plain(
+            "few positions",
+            "fewer positions in the loss, for as long",
+            {"position_share": 0.15},
+            based_on="kd",
+            as_long=True,
+        ),
+        _added("hidden", "+ distance to the teacher's last state", "hidden_weight", (0.3, 1.0, 5.0)),
     ),
-    _added(
-        "divergence random",
-        "control: over random words of the same frequency",
-        "lexical_divergence",
-        (0.3, 1.0, 3.0),
-        {"lexical_words": "random"},
+    "The sense loss": (
+        # Senses, each with its controls.
+        _with_senses("senses", "+ the paper's sense loss", against=("hidden", "senses random")),
+        _with_senses("senses random", "control: random words for synonyms and antonyms", {"sense_words": "random"}),
+        _with_senses("synonyms", "+ the sense loss without antonyms", {"antonym_weight": 0.0}),
+        _with_senses("antonyms", "+ the sense loss without synonyms", {"synonym_weight": 0.0}),
+        _with_senses(
+            "distribution",
+            "+ the divergence of distributions over senses",
+            {"sense_form": "distribution"},
+            against=("hidden", "distribution random"),
+        ),
+        _with_senses(
+            "distribution random",
+            "control: random words for synonyms and antonyms",
+            {"sense_form": "distribution", "sense_words": "random"},
+            against=(),
+        ),
+        _with_senses(
+            "senses after",
+            "+ the sense loss after the word is read, through a map",
+            {"sense_at": "reading"},
+            against=("senses after, random",),
+        ),
+        _with_senses(
+            "senses after, random",
+            "control: random words for synonyms and antonyms",
+            {"sense_at": "reading", "sense_words": "random"},
+            against=(),
+        ),
+        _with_senses(
+            "senses in the middle",
+            "+ the same from the lowest trained layer",
+            {"sense_at": "middle"},
+            against=("senses after", "senses in the middle, random"),
+        ),
+        _with_senses(
+            "senses in the middle, random",
+            "control: random words for synonyms and antonyms",
+            {"sense_at": "middle", "sense_words": "random"},
+            against=(),
+        ),
+        # What the teacher lacks: a push from antonyms and nothing else, up to the teacher's own mean distance to them.
+        _with_senses("push", "+ the push from antonyms alone", _PUSH, against=()),
+        _with_senses(
+            "push where wrong",
+            "+ the same where the teacher is nearer to antonyms than to synonyms",
+            {**_PUSH, "antonyms": "nearer"},
+            against=("push", "push random"),
+        ),
+        _with_senses(
+            "push random",
+            "control: from random words, at these positions",
+            {**_PUSH, "antonyms": "nearer", "sense_words": "random"},
+            against=(),
+        ),
     ),
-    _added(
-        "synonym targets",
-        "+ a share of the target's mass for the teacher's synonyms of it",
-        "synonym_targets",
-        (0.05, 0.2, 0.4),
-        look=0.2,
+    "Probabilities of related words": (
+        _added(
+            "divergence",
+            "+ the divergence over a target's synonyms and antonyms alone",
+            "lexical_divergence",
+            (0.3, 1.0, 3.0),
+            against=("divergence random",),
+        ),
+        _added(
+            "divergence random",
+            "control: over random words of the same frequency",
+            "lexical_divergence",
+            (0.3, 1.0, 3.0),
+            {"lexical_words": "random"},
+        ),
+        _added(
+            "synonym targets",
+            "+ a share of the target's mass for the teacher's synonyms of it",
+            "synonym_targets",
+            (0.05, 0.2, 0.4),
+            look=0.2,
+        ),
     ),
-    _added(
-        "lexical weight",
-        "positions with related words weigh more",
-        "weights_power",
-        (0.585, 1.0, 2.0),
-        {"weights": "lexical"},
-        look=0.585,
-        against=("rarity",),
+    "Weights of positions": (
+        _added(
+            "lexical weight",
+            "positions with related words weigh more",
+            "weights_power",
+            (0.585, 1.0, 2.0),
+            {"weights": "lexical"},
+            look=0.585,
+            against=("rarity",),
+        ),
+        _added(
+            "weight by senses",
+            "positions weigh by their target's number of senses",
+            "weights_power",
+            (0.3, 1.0, 2.0),
+            {"weights": "senses"},
+            against=("senses of others",),
+        ),
+        _added(
+            "senses of others",
+            "control: by the number of senses of another word as frequent",
+            "weights_power",
+            (0.3, 1.0, 2.0),
+            {"weights": "senses of others"},
+        ),
+        _added(
+            "rarity",
+            "control without a dictionary: by how rare the target is",
+            "weights_power",
+            (0.15, 0.5, 1.0),
+            {"weights": "rarity"},
+            look=0.5,
+        ),
+        _added(
+            "entropy", "by the teacher's entropy", "weights_power", (-0.5, 0.5, 1.0), {"weights": "entropy"}, look=0.5
+        ),
     ),
-    _added(
-        "weight by senses",
-        "positions weigh by their target's number of senses",
-        "weights_power",
-        (0.3, 1.0, 2.0),
-        {"weights": "senses"},
-        against=("senses of others",),
-    ),
-    _added(
-        "senses of others",
-        "control: by the number of senses of another word as frequent",
-        "weights_power",
-        (0.3, 1.0, 2.0),
-        {"weights": "senses of others"},
-    ),
-    _added(
-        "rarity",
-        "control without a dictionary: by how rare the target is",
-        "weights_power",
-        (0.15, 0.5, 1.0),
-        {"weights": "rarity"},
-        look=0.5,
-    ),
-    _added("entropy", "by the teacher's entropy", "weights_power", (-0.5, 0.5, 1.0), {"weights": "entropy"}, look=0.5),
-)
+}
+ARMS = tuple(arm for group in GROUPS.values() for arm in group)
 BY_NAME = {arm.name: arm for arm in ARMS}

@@ -8,7 +8,9 @@
 | lexical_perplexity | perplexity over positions whose target has a synonym or antonym |
 | choice | share of positions with related words where the target is the most probable of it and these |
 | preference | share of positions with both kinds of related words where the synonyms are more probable in the mean |
-| opposites | of pairs of words (:mod:`benchmarks.quality.pairs`), ROC AUC of telling antonyms from synonyms |
+
+Outside judges: `opposites` and `opposites_states` tell antonyms from synonyms (:mod:`benchmarks.quality.pairs`), and
+the names of benchmarks are accuracies on their questions (:mod:`benchmarks.quality.questions`).
 
 Related words are tokens of the vocabulary. Shapes: N positions, V vocabulary, D hidden.
 """
@@ -19,13 +21,14 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from benchmarks.quality.questions import QUESTIONS
 from benchmarks.quality.text import Text, Words
 
 BY_TEXT = ("kl", "agreement", "perplexity", "lexical_perplexity", "choice", "preference")
-OPPOSITES = "opposites"
-MEASURES = (*BY_TEXT, OPPOSITES)
-HIGHER_IS_BETTER = frozenset({"agreement", "choice", "preference", OPPOSITES})
-DIGITS = {"kl": 4, "agreement": 4, "perplexity": 1, "lexical_perplexity": 0, "choice": 4, "preference": 4, OPPOSITES: 3}
+OUTSIDE = ("opposites", "opposites_states", *(f"{name}{kind}" for name in QUESTIONS for kind in ("", "_norm")))
+MEASURES = (*BY_TEXT, *OUTSIDE)
+DIGITS = {"kl": 4, "agreement": 4, "perplexity": 1, "lexical_perplexity": 0, "choice": 4, "preference": 4}
+DIGITS |= dict.fromkeys(OUTSIDE, 3)
 _CHUNK = 128
 
 
@@ -55,9 +58,9 @@ def measure(
         words: related words.
     """
     mask = text.loss_mask[at]
-    columns = (states[mask], text.teacher_states[at][mask], text.labels[at][mask], text.lexical[at][mask])
+    columns = (states.cpu()[mask], text.teacher_states[at][mask], text.labels[at][mask], text.lexical[at][mask])
     parts = list(_parts(columns, matrix, teacher_matrix, words))
-    found = {name: torch.cat([getattr(part, name) for part in parts]).double() for name in _Sums._fields}
+    found = {name: torch.cat([getattr(part, name) for part in parts]).cpu().double() for name in _Sums._fields}
     means = {name: float(values.nanmean()) for name, values in found.items()}
     return {
         "kl": means["kl"],
@@ -66,19 +69,38 @@ def measure(
         "lexical_perplexity": float(torch.tensor(means["lexical_nll"]).exp()),
         "choice": means["choice"],
         "preference": means["preference"],
+        "preference_n": int(found["preference"].isfinite().sum()),
     }
+
+
+def is_at_chance(measures: Mapping[str, float], name: str) -> bool:
+    """Returns True if the teacher, with these measures, is less than two standard errors above chance on one of them.
+
+    Such a measure says nothing about what a student learned from the teacher. It is not known of measures without a
+    count, and of those that are no shares.
+    """
+    kind = name.removesuffix("_norm").removesuffix("_states")
+    count = measures.get(f"{kind}_n")
+    if count is None or name not in measures:
+        return False
+    chance = measures.get(f"{kind}_chance", 0.5)
+    # The area under the curve, of as many antonyms as synonyms, has the variance 1/(3n) at chance.
+    variance = 1 / (3 * count) if kind == "opposites" else chance * (1 - chance) / count
+    return measures[name] - chance < 2 * variance**0.5
 
 
 def _parts(
     columns: tuple[torch.Tensor, ...], matrix: torch.Tensor, teacher_matrix: torch.Tensor, words: Words
 ) -> Iterator[_Sums]:
-    for states, teacher_states, labels, lexical in zip(*(column.split(_CHUNK) for column in columns), strict=True):
+    related_words = words.related.to(matrix.device)
+    for chunk in zip(*(column.split(_CHUNK) for column in columns), strict=True):
+        states, teacher_states, labels, lexical = (column.to(matrix.device) for column in chunk)
         own = F.linear(states, matrix).log_softmax(-1)
         teacher = F.linear(teacher_states, teacher_matrix).log_softmax(-1)
         kl = (teacher.exp() * (teacher - own)).sum(-1)
         agreement = (own.argmax(-1) == teacher.argmax(-1)).float()
         nll = -own.gather(-1, labels[:, None]).squeeze(-1)
-        related = words.related[labels]
+        related = related_words[labels]
         exists = related >= 0
         chances = own.gather(-1, related.clamp(min=0)).masked_fill(~exists, -torch.inf)
         choice = (chances.amax(-1) < -nll).float().masked_fill(~exists.any(-1), torch.nan)

@@ -1,30 +1,40 @@
-"""A judge from outside: whether a model tells antonyms from synonyms, by the sentence that a word completes better.
+"""A judge from outside: whether a model tells antonyms from synonyms.
 
 Reads pairs of words as AntSynNET has them, one a line: two words and 1 for antonyms or 0 for synonyms, tabs between.
-A pair's score is log p(word | "The opposite of OTHER is") - log p(word | "Another word for OTHER is"); the measure is
-the area under the ROC curve. Only words that are one token count.
+Only pairs whose second word is one token count. Both measures are areas under the ROC curve of a pair's score:
+
+| measure | score |
+|---|---|
+| opposites | log p(word after "The opposite of OTHER is") - log p(word after "Another word for OTHER is") |
+| opposites_states | one minus the cosine of the last hidden states after "The word is WORD" and "The word is OTHER" |
+
+Shapes: n pairs, T tokens.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
 
-from benchmarks.quality.teacher import Student, Teacher, run_layers
+from benchmarks.quality.teacher import Student, Teacher
 from dskd.errors import UserError
 
 _FRAMES = ("The opposite of {} is", "Another word for {} is")
+_STATE_FRAME = "The word is {}"
 _MOST = 500  # pairs: the standard error of the area is then about .02
 
 
 @dataclass
 class Pairs:
-    """Pairs of words in both frames, and the states that enter a student's upper layers."""
+    """Pairs of words in sentences."""
 
-    input_ids: torch.Tensor  # [2 n, T] int64: all pairs in the first frame, then in the second; padded at the end
-    last: torch.Tensor  # [2 n], the position of each frame's last token
+    measures: ClassVar[tuple[str, ...]] = ("opposites", "opposites_states")
+    # Padded at the end: all pairs in the first frame, then in the second; all first words, then all second ones.
+    input_ids: torch.Tensor  # [4 n, T] int64
+    last: torch.Tensor  # [4 n], the position of each sentence's last token
     words: torch.Tensor  # [n], the tokens that complete them
     are_antonyms: torch.Tensor  # [n] bool
 
@@ -47,6 +57,7 @@ class Pairs:
                         word = teacher.tokenizer.encode(f" {other}", add_special_tokens=False)
                         if len(word) == 1:
                             texts = [frame.format(one) for frame in _FRAMES]
+                            texts += [_STATE_FRAME.format(each) for each in (one, other)]
                             frames.append([teacher.tokenizer.encode(text) for text in texts])
                             words.append(word[0])
                             labels.append(label == "1")
@@ -55,32 +66,33 @@ class Pairs:
         if len(set(labels)) < 2:
             raise UserError(f"--pairs {', '.join(map(str, files))}: no antonyms or no synonyms that are one token")
         kept = range(0, len(words), -(-len(words) // _MOST))
-        rows = [frames[pair][which] for which in range(len(_FRAMES)) for pair in kept]
+        rows = [frames[pair][which] for which in range(len(frames[0])) for pair in kept]
         length = max(map(len, rows))
         tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows])
         last = torch.tensor([len(row) - 1 for row in rows])
         chosen = list(kept)
         return cls(tokens, last, torch.tensor(words)[chosen], torch.tensor(labels)[chosen])
 
-    def lower_states(self, teacher: Teacher, layers: tuple[int, ...]) -> torch.Tensor:
-        """Returns the states [2 n, T, D] that leave the frozen lower layers of a student."""
-        return run_layers(teacher, layers, self)
-
     @torch.no_grad()
-    def area(self, student: Student, states: torch.Tensor) -> float:
-        """Returns the area under the ROC curve of a student whose upper layers get these `states`."""
+    def measure(self, student: Student, states: torch.Tensor) -> dict[str, float]:
+        """Returns {measure: value} of a student whose upper layers get these `states` [4 n, T, D]."""
         found = []
         for at in torch.arange(len(self.input_ids)).split(64):
             hidden = student(states[at], self.position_ids[at], self.attention_mask(at))
             found.append(hidden[torch.arange(len(at)), self.last[at]])
-        chances = F.linear(torch.cat(found), student.output_matrix).log_softmax(-1)
-        chances = chances.gather(-1, self.words.repeat(2)[:, None]).squeeze(-1)
-        opposite, alike = chances.chunk(2)
-        return area_under_curve(opposite - alike, self.are_antonyms)
+        opposite, alike, one, other = torch.cat(found).chunk(4)
+        chances = F.linear(torch.cat([opposite, alike]), student.output_matrix).log_softmax(-1)
+        chances = chances.gather(-1, self.words.repeat(2)[:, None].to(chances.device)).squeeze(-1)
+        by_words = chances[: len(self.words)] - chances[len(self.words) :]
+        return {
+            "opposites": area_under_curve(by_words, self.are_antonyms),
+            "opposites_states": area_under_curve(1 - F.cosine_similarity(one, other), self.are_antonyms),
+            "opposites_n": len(self.words),
+        }
 
     @property
     def position_ids(self) -> torch.Tensor:
-        """The positions [2 n, T]."""
+        """The positions [4 n, T]."""
         return torch.arange(self.input_ids.shape[1]).expand_as(self.input_ids)
 
     def attention_mask(self, at: torch.Tensor) -> torch.Tensor:
@@ -94,5 +106,5 @@ def area_under_curve(scores: torch.Tensor, is_positive: torch.Tensor) -> float:
     from scipy import stats
 
     positives, negatives = scores[is_positive], scores[~is_positive]
-    found = stats.mannwhitneyu(positives.numpy(), negatives.numpy())
+    found = stats.mannwhitneyu(positives.cpu().numpy(), negatives.cpu().numpy())
     return float(found.statistic) / (len(positives) * len(negatives))

@@ -1,13 +1,13 @@
 """The report of the study. All of its figures come from the results file."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.arms import ARMS, BY_NAME, TUNING_SEED, Arm
-from benchmarks.quality.measures import DIGITS, MEASURES
-from benchmarks.quality.results import TEACHER, UNTRAINED, Result, Stage, choose
+from benchmarks.quality.arms import ARMS, BY_NAME, GROUPS, TUNING_SEED, Arm
+from benchmarks.quality.measures import BY_TEXT, DIGITS, MEASURES, OUTSIDE, is_at_chance
+from benchmarks.quality.results import TEACHER, UNTRAINED, Result, Stage, choose, without_outdated
 from benchmarks.quality.settings import Settings
 from dskd.compare.statistics import CONFIDENCE, Difference, Estimate, holm, on_seeds
 
@@ -25,7 +25,14 @@ with the loss of `dskd`, and measured against the teacher position by position (
 `measures.py`, the arms in `arms.py`). An arm's value is the one with the lowest KL to the teacher on one part of the
 held-out text (seed {tuning}); arms that are tested are then trained with other seeds and measured on the other part.
 Intervals are {level} % intervals of Student's t over seeds. Seeds differ in the order of the text, and in the positions
-that are drawn. The intervals cover neither other teachers nor other text. Seconds are CPU seconds of training."""
+that are drawn. The intervals cover neither other teachers nor other text. Seconds are CPU seconds of training.
+
+A difference is that of an arm and one that it has to beat, seed by seed; it is **bold** if the p-value of its paired
+t test, corrected by Holm's method over all differences of the measure, is below {threshold:.0%}. On measures with
+{at_chance} the teacher itself is less than two standard errors above chance: they have no differences."""
+_THRESHOLD = 0.05
+_AT_CHANCE = "†"
+_TRIED = ("kl", "agreement", "perplexity", "lexical_perplexity")
 
 
 def write_report(results: Sequence[Result], path: Path) -> None:
@@ -41,19 +48,21 @@ def render(results: Sequence[Result]) -> str:
     minutes = sum(result.cpu_seconds for result in trained) / 60
     days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     when = f"{days}; {places}; {len(trained)} trainings, {minutes:.0f} minutes"
-    parts = [_INTRODUCTION.format(when=when, tuning=TUNING_SEED, level=_LEVEL)]
+    parts = [
+        _INTRODUCTION.format(when=when, tuning=TUNING_SEED, level=_LEVEL, threshold=_THRESHOLD, at_chance=_AT_CHANCE)
+    ]
     for text in dict.fromkeys(result.text for result in results):
-        of_text = [result for result in results if result.text == text]
+        of_text = without_outdated(results, text)
         parts += [f"## Text: {text}", _references(of_text)]
         stages = {result.stage for result in of_text if result.steps}
         if "tune" in stages:
             parts += ["### What was tried", _tried(of_text)]
         if "look" in stages:
-            parts += ["### Looks: untuned, on the validation part", _tested(of_text, "look")]
-            parts += ["#### Differences, seed by seed", _differences(of_text, "look")]
+            parts += ["### Looks: untuned, on the validation part", *_compared(of_text, "look")]
         if "test" in stages:
-            parts += ["### Test", _tested(of_text, "test"), "#### Differences, seed by seed"]
-            parts += [_differences(of_text, "test")]
+            parts += ["### Test", *_compared(of_text, "test")]
+        if "length" in stages:
+            parts += ["### Length: the test with more tokens of training, or less", *_lengths(of_text)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -61,18 +70,24 @@ def _measured(results: Sequence[Result]) -> list[str]:
     return [name for name in MEASURES if any(name in result.measures for result in results)]
 
 
+def _at_chance(results: Sequence[Result]) -> frozenset[str]:
+    """Returns the measures on which the teacher is at chance on any part of the held-out text."""
+    teacher = [result.measures for result in results if result.arm == TEACHER]
+    return frozenset(name for measures in teacher for name in measures if is_at_chance(measures, name))
+
+
 def _references(results: Sequence[Result]) -> str:
     names = _measured(results)
+    latest = {(result.arm, result.stage): result for result in results if result.arm in (TEACHER, UNTRAINED)}
     rows = [
-        [f"{result.arm}, {'test' if result.stage == 'test' else 'validation'} part", *_values(result, names)]
-        for result in results
-        if result.arm in (TEACHER, UNTRAINED)
+        [f"{arm}, {'test' if stage == 'test' else 'validation'} part", *_values(result, names)]
+        for (arm, stage), result in latest.items()
     ]
-    return _table(["reference", *map(_label, names)], rows)
+    return _table(["reference", *_labels(names, _at_chance(results))], rows)
 
 
 def _tried(results: Sequence[Result]) -> str:
-    names = _measured(results)
+    names = [name for name in _TRIED if name in _measured(results)]
     by_identity = {result.identity: result for result in results}
     text = results[0].text
     chosen: dict[str, Any] = {}
@@ -92,42 +107,101 @@ def _tried(results: Sequence[Result]) -> str:
                 )
         if arm.tuned is None or best is not None:
             chosen[arm.name] = best
-    return _table(["arm", "tried", "steps", "seconds", *map(_label, names)], rows)
+    return _table(["arm", "tried", "steps", "seconds", *_labels(names)], rows)
 
 
 def _identity(text: str, settings: Settings) -> tuple[Any, ...]:
     return Result(text, "tune", "", TUNING_SEED, settings.changes, None, {}, 0, 0, 0, 0.0, "", "").identity
 
 
-def _tested(results: Sequence[Result], stage: Stage) -> str:
-    names = _measured(results)
-    rows = []
-    for arm in ARMS:
-        of_arm = [result for result in results if (result.stage, result.arm) == (stage, arm.name)]
-        if of_arm:
-            estimates = [_estimate([result.measures[name] for result in of_arm], name) for name in names]
-            seconds = statistics.mean(result.cpu_seconds for result in of_arm)
-            rows.append([arm.name, arm.description, str(len(of_arm)), f"{seconds:.0f}", *estimates])
-    return _table(["arm", "", "seeds", "seconds", *map(_label, names)], rows)
-
-
-def _differences(results: Sequence[Result], stage: Stage) -> str:
-    """Returns each tested arm against those that it has to beat, with p-values corrected over the table."""
-    names = _measured(results)
-    pairs = [(arm, other) for arm in ARMS for other in arm.against]
+def _compared(results: Sequence[Result], stage: Stage) -> list[str]:
+    """Returns the arms of a stage, group by group, with their differences from those that they have to beat."""
+    of_stage = [result for result in results if result.stage == stage and result.arm in BY_NAME]
+    at_chance = _at_chance(results)
+    compared = [name for name in _measured(of_stage) if name not in at_chance]
     found = {
-        (arm.name, other): [difference(results, stage, arm, BY_NAME[other], name) for name in names]
-        for arm, other in pairs
+        (arm.name, other): [difference(of_stage, stage, arm, BY_NAME[other], name) for name in compared]
+        for arm in ARMS
+        for other in arm.against
     }
     found = {key: row for key, row in found.items() if any(each is not None for each in row)}
-    tests = [each for row in found.values() for each in row if each is not None]
-    corrected = dict(zip(map(id, tests), holm([each.p_value for each in tests]), strict=True))
-    rows = [
-        [one, other, *(_shown(each, name, corrected) for each, name in zip(row, names, strict=True))]
-        for (one, other), row in found.items()
-    ]
-    note = "Each cell has the difference [interval], and the p-value of the paired t test, corrected by Holm's method."
-    return f"{_table(['arm', 'against', *map(_label, names)], rows)}\n\n{note}"
+    bold = _significant(found.values())
+    parts = []
+    for title, arms in GROUPS.items():
+        names = {arm.name for arm in arms}
+        if not any(result.arm in names for result in of_stage):
+            continue
+        parts += [f"#### {title}", _values_of(of_stage, arms, BY_TEXT)]
+        rows = [
+            [one, other, *(_shown(each, name, bold) for each, name in zip(row, compared, strict=True))]
+            for (one, other), row in found.items()
+            if one in names
+        ]
+        if rows:
+            parts += ["Differences:", _table(["arm", "against", *_labels(compared)], rows)]
+    if outside := [name for name in _measured(of_stage) if name in OUTSIDE]:
+        parts += ["#### Outside judges", _values_of(of_stage, ARMS, outside, at_chance, is_described=False)]
+    return parts
+
+
+def _lengths(results: Sequence[Result]) -> list[str]:
+    """Returns tables of arms × tokens, each with the differences from `kd`."""
+    of_stage = [result for result in results if result.stage == "length" and result.arm in BY_NAME]
+    lengths = sorted({result.length for result in of_stage})
+    arms = [arm for arm in ARMS if any(result.arm == arm.name for result in of_stage)]
+    by_length = {length: [result for result in of_stage if result.length == length] for length in lengths}
+    parts = []
+    for measure in ("kl", "lexical_perplexity"):
+        found = {
+            arm.name: [difference(by_length[each], "length", arm, BY_NAME["kd"], measure) for each in lengths]
+            for arm in arms
+            if arm.name != "kd"
+        }
+        bold = _significant(found.values())
+        rows = []
+        for arm in arms:
+            values = [[r.measures[measure] for r in by_length[each] if r.arm == arm.name] for each in lengths]
+            cells = [_estimate(each, measure) if each else "" for each in values]
+            differences = [_shown(each, measure, bold) for each in found.get(arm.name, [None] * len(lengths))]
+            rows.append([arm.name, *(cell for pair in zip(cells, differences, strict=True) for cell in pair)])
+        header = [cell for length in lengths for cell in (f"{_label(measure)}, {length:,} tokens", "against kd")]
+        parts.append(_table(["arm", *header], rows))
+    return parts
+
+
+def _significant(rows: Iterable[Sequence[Difference | None]]) -> frozenset[int]:
+    """Returns the ids of the differences whose p-value, corrected over each column of the rows, is low enough."""
+    found: set[int] = set()
+    for column in zip(*rows, strict=True):
+        tests = [each for each in column if each is not None]
+        corrected = holm([each.p_value for each in tests])
+        found |= {
+            id(each)
+            for each, value in zip(tests, corrected, strict=True)
+            if value < _THRESHOLD and each.low < each.high  # two equal differences are no proof
+        }
+    return frozenset(found)
+
+
+def _values_of(
+    results: Sequence[Result],
+    arms: Sequence[Arm],
+    names: Sequence[str],
+    at_chance: frozenset[str] = frozenset(),
+    *,
+    is_described: bool = True,
+) -> str:
+    rows = []
+    for arm in arms:
+        of_arm = [result for result in results if result.arm == arm.name]
+        if of_arm:
+            values = [[result.measures[name] for result in of_arm if name in result.measures] for name in names]
+            estimates = [_estimate(each, name) if each else "" for each, name in zip(values, names, strict=True)]
+            seconds = statistics.mean(result.cpu_seconds for result in of_arm)
+            described = [arm.description, str(len(of_arm)), f"{seconds:.0f}"] if is_described else []
+            rows.append([arm.name, *described, *estimates])
+    header = ["arm", *(["", "seeds", "seconds"] if is_described else []), *_labels(names, at_chance)]
+    return _table(header, rows)
 
 
 def difference(results: Sequence[Result], stage: Stage, arm: Arm, other: Arm, measure: str) -> Difference | None:
@@ -154,12 +228,16 @@ def _estimate(values: Sequence[float], measure: str) -> str:
     return f"{estimate.mean:,.{digits}f}{interval}"
 
 
-def _shown(difference: Difference | None, measure: str, corrected: Mapping[int, float]) -> str:
+def _shown(difference: Difference | None, measure: str, bold: frozenset[int]) -> str:
     if difference is None:
         return ""
     digits = DIGITS[measure]
-    value, low, high = (f"{x:+,.{digits}f}" for x in (difference.value, difference.low, difference.high))
-    return f"{value} [{low}, {high}], p = {corrected[id(difference)]:.2g}"
+    text = f"{difference.value:+,.{digits}f} ± {(difference.high - difference.low) / 2:,.{digits}f}"
+    return f"**{text}**" if id(difference) in bold else text
+
+
+def _labels(names: Sequence[str], at_chance: frozenset[str] = frozenset()) -> list[str]:
+    return [f"{_label(name)}{' ' + _AT_CHANCE if name in at_chance else ''}" for name in names]
 
 
 def _label(measure: str) -> str:

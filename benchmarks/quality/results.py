@@ -6,16 +6,16 @@ A line is appended as soon as its training is measured, so that no result is los
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.quality.arms import CHOSEN_BY, Arm
+from benchmarks.quality.arms import ARMS, BY_NAME, CHOSEN_BY, Arm
 from benchmarks.quality.measures import BY_TEXT
 from dskd.errors import UserError
 
-Stage = Literal["look", "tune", "test"]
+Stage = Literal["look", "tune", "test", "length"]  # length: a test on more text, or less
 TEACHER, UNTRAINED = "teacher", "untrained"  # in the field `arm` of results that are not of a training
 
 
@@ -36,6 +36,7 @@ class Result:
     cpu_seconds: float  # of training alone
     date: str
     machine: str
+    length: int = 0  # with the stage "length": tokens of training that were asked for
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -96,3 +97,42 @@ def choose(results: Iterable[Result], text: str, arm: Arm, chosen: Mapping[str, 
             return None
         found[value] = tried[identity]
     return min(found, key=lambda value: found[value])
+
+
+def chosen_values(results: Sequence[Result], text: str, names: Collection[str] = frozenset(BY_NAME)) -> dict[str, Any]:
+    """Returns {arm: its value} of those arms in `names` that are tuned, with all that they build on; None where nothing
+    is tuned.
+    """
+    chosen: dict[str, Any] = {}
+    for arm in ARMS:
+        if arm.name in names and (arm.based_on is None or arm.based_on in chosen):
+            best = choose(results, text, arm, chosen)
+            if arm.tuned is None or best is not None:
+                chosen[arm.name] = best
+    return chosen
+
+
+def without_outdated(results: Sequence[Result], text: str) -> list[Result]:
+    """Returns a text's results without trainings of arms that have other settings by now.
+
+    An arm's settings change when an arm that it builds on, or its own trials, were tuned again with other values.
+    """
+    chosen = chosen_values(results, text)
+    expected: dict[tuple[str, str], dict[str, Any]] = {}
+    for arm in ARMS:
+        expected["look", arm.name] = arm.look_settings().changes
+        if arm.name in chosen:
+            expected["test", arm.name] = arm.settings(chosen, chosen[arm.name]).changes
+            expected["length", arm.name] = _without_epochs(expected["test", arm.name])
+
+    def is_current(result: Result) -> bool:
+        if result.stage == "tune" or result.arm not in BY_NAME:
+            return True
+        settings = _without_epochs(result.settings) if result.stage == "length" else dict(result.settings)
+        return settings == expected.get((result.stage, result.arm))
+
+    return [result for result in results if result.text == text and is_current(result)]
+
+
+def _without_epochs(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "epochs"}

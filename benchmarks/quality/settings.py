@@ -7,6 +7,9 @@ from typing import Any, Literal
 from dskd.config import LossConfig
 
 Keep = Literal["ends", "first", "even", "importance"]
+# The student's state that the sense loss reads for a target: the last one before it is said; the last one after it is
+# read; or, after it is read, that of the lowest trained layer. The last two pass through a trained map.
+SensesAt = Literal["prediction", "reading", "middle"]
 Weights = Literal["equal", "lexical", "senses", "senses of others", "rarity", "entropy"]
 
 
@@ -39,11 +42,21 @@ class Settings:
     sense_form: Literal["distance", "distribution"] = "distance"
     synonym_weight: float = 1.0
     antonym_weight: float = 1.0
+    relative_margin: float | None = None  # of the push, in the teacher's own mean distance to antonyms; None: 1
+    sense_own: bool = True  # also pull to the target's own senses
+    sense_at: SensesAt = "prediction"
+    sense_words: Literal["related", "random"] = "related"  # random: other words as frequent for synonyms and antonyms
+    antonyms: Literal["all", "nearer"] = "all"  # nearer: no pull or push unless the teacher is nearer to an antonym
     weights: Weights = "equal"  # of the positions in CE and KL
     weights_power: float = 1.0  # the weights are raised to it
     lexical_divergence: float = 0.0  # weight of the divergence over a target, its synonyms and antonyms alone
     lexical_words: Literal["related", "random"] = "related"  # random: as many words of the same frequency instead
     synonym_targets: float = 0.0  # share of the cross-entropy's target that the teacher's synonyms of it get
+
+    def __post_init__(self) -> None:
+        """Checks that no term would read states that another setting has replaced."""
+        if self.sense_at != "prediction" and (self.hidden_weight or self.sense_form != "distance"):
+            raise ValueError("sense_at: only the sense loss as a distance can read other states")
 
     @classmethod
     def of(cls, changes: Mapping[str, Any]) -> "Settings":

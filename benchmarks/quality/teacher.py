@@ -5,7 +5,7 @@ left of a student is its upper layers, which start from there.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +16,7 @@ from benchmarks.quality.settings import Settings
 from dskd.config import Config, StudentConfig
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.students.measuring import measure_importance
-from dskd.students.spacing import choose_layers, num_removed_layers
+from dskd.students.spacing import Importance, choose_layers, num_removed_layers
 
 if TYPE_CHECKING:
     from benchmarks.quality.text import Text
@@ -31,20 +31,26 @@ class Teacher:
     causal_lm: Any
     tokenizer: Any
     config: Config
+    _importance: dict[int, Importance] = field(default_factory=dict)  # by the number of layers that are removed
 
     @classmethod
-    def load(cls, config: Config) -> "Teacher":
-        """Loads the teacher of a config."""
+    def load(cls, config: Config, device: str = "cpu") -> "Teacher":
+        """Loads the teacher of a config to a device, on which its students are trained."""
         from transformers import AutoModelForCausalLM
 
         folder: ModelFolder = find_teacher(config)
         model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32, attn_implementation="sdpa")
-        return cls(model.eval().requires_grad_(False), folder.load_tokenizer(), config)
+        return cls(model.eval().requires_grad_(False).to(device), folder.load_tokenizer(), config)
 
     @property
     def num_layers(self) -> int:
         """The number of its layers."""
         return len(self.causal_lm.model.layers)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its parameters."""
+        return self.output_matrix.device
 
     @property
     def output_matrix(self) -> torch.Tensor:
@@ -58,7 +64,10 @@ class Teacher:
         importance = None
         if student.is_measured:
             config = self.config.model_copy(update={"student": student})
-            importance = measure_importance(config, find_teacher(config), num_removed_layers(student, self.num_layers))
+            removed = num_removed_layers(student, self.num_layers)
+            if removed not in self._importance:  # measuring takes as long as half a training
+                self._importance[removed] = measure_importance(config, find_teacher(config), removed)
+            importance = self._importance[removed]
         return choose_layers(student, self.num_layers, importance)
 
 
@@ -82,6 +91,17 @@ class Student(nn.Module):
     def forward(self, states: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Returns the last hidden states [B, T, D], after the final norm, of states that enter the upper layers."""
         return _run(self.decoder, states, position_ids, mask)
+
+    def forward_from_middle(
+        self, states: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what :meth:`forward` does, and the states after the lowest trained layer, with the final norm."""
+        found: list[Any] = []
+        hook = self.decoder.layers[0].register_forward_hook(lambda *call: found.append(call[-1]))
+        with hook:
+            last = self(states, position_ids, mask)
+        middle = found[0][0] if isinstance(found[0], tuple) else found[0]  # a tuple in older transformers
+        return last, self.decoder.norm(middle)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Returns the trained parameters by name."""
@@ -128,7 +148,7 @@ def run_layers(
     *,
     with_norm: bool = False,
 ) -> torch.Tensor:
-    """Returns the states [S, T, D] that leave these layers of the teacher.
+    """Returns the states [S, T, D] that leave these layers of the teacher, on the CPU.
 
     Args:
         teacher: the teacher.
@@ -143,10 +163,10 @@ def run_layers(
         decoder.norm = nn.Identity()
     parts = []
     for at in torch.arange(len(sequences.input_ids)).split(_BATCH):
-        entering = embedded(sequences.input_ids[at]) if states is None else states[at]
+        entering = embedded(sequences.input_ids[at].to(teacher.device)) if states is None else states[at]
         if layers:
             entering = _run(decoder, entering, sequences.position_ids[at], sequences.attention_mask(at))
-        parts.append(entering)
+        parts.append(entering.cpu())
     return torch.cat(parts)
 
 
@@ -165,7 +185,9 @@ def _decoder(teacher: Teacher, layers: tuple[int, ...], *, copied: bool = True) 
 
 
 def _run(decoder: Any, states: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    # A mask of four dimensions is taken as it is: True where a position sees another.
+    # All data is on the CPU, and a batch of it is small. A mask of four dimensions is taken as it is: True where a
+    # position sees another.
+    states, position_ids, mask = (each.to(decoder.device) for each in (states, position_ids, mask))
     output = decoder(inputs_embeds=states, position_ids=position_ids, attention_mask=mask, use_cache=False)
     last: torch.Tensor = output.last_hidden_state
     return last

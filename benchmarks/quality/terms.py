@@ -65,9 +65,9 @@ def synonym_targets(
 
 
 def entropies(states: torch.Tensor, matrix: torch.Tensor, chunk: int = 256) -> torch.Tensor:
-    """Returns the entropy [N], in nats, of the next token after states [N, D]."""
+    """Returns the entropy [N], in nats and on the CPU, of the next token after states [N, D]."""
     found = []
     for part in states.split(chunk):
-        log_shares = F.linear(part, matrix).log_softmax(-1)
-        found.append(-(log_shares.exp() * log_shares).sum(-1))
+        log_shares = F.linear(part.to(matrix.device), matrix).log_softmax(-1)
+        found.append(-(log_shares.exp() * log_shares).sum(-1).cpu())
     return torch.cat(found)

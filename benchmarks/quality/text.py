@@ -40,6 +40,7 @@ class Text:
     trunk_states: torch.Tensor  # [S, T, D], those that enter the teacher's layer `trunk_depth`
     trunk_depth: int
     rows: dict[str, torch.Tensor]  # {OWN_ROWS, SYNONYM_ROWS, ANTONYM_ROWS: [S, T, K] int64, padded with -1}
+    antonym_distance: float  # the mean of the teacher's distances |t - s|²/D to antonyms' rows
 
     @functools.cached_property
     def position_ids(self) -> torch.Tensor:
@@ -51,6 +52,11 @@ class Text:
     def lexical(self) -> torch.Tensor:
         """True [S, T] where the target has a synonym or antonym in the dictionary."""
         return (self.rows[SYNONYM_ROWS][..., 0] >= 0) | (self.rows[ANTONYM_ROWS][..., 0] >= 0)
+
+    @functools.cached_property
+    def is_before_another(self) -> torch.Tensor:
+        """True [S, T] where the next position has states, too: before a sequence's last target."""
+        return self.loss_mask.flip(-1).cumsum(-1).flip(-1) > self.loss_mask.long()
 
     def attention_mask(self, at: torch.Tensor) -> torch.Tensor:
         """Returns which positions each position of the sequences `at` [B] sees: [B, 1, T, T] bool."""
@@ -94,6 +100,7 @@ def load_text(config: Config, split: str, teacher: Teacher) -> Text:
         empty,
         stored.trunk_depth,
         {name: torch.from_numpy(np.stack(columns[name])).long() for name in (OWN_ROWS, SYNONYM_ROWS, ANTONYM_ROWS)},
+        manifest.facts["teacher_antonym_distance"],
     )
     if TEACHER_STATES in columns:
         states = (_padded(columns[name], tokens.shape[1]) for name in (TEACHER_STATES, TRUNK_STATES))

@@ -1,18 +1,18 @@
 """One training of the study: plain torch on stored states, and the loss of `dskd`.
 
-The sense loss gets its rows and positions as `launcher/train.py` draws them. Shapes: B sequences, T tokens, D hidden.
+Shapes: S sequences of the text, B of a micro-batch, T tokens, D hidden.
 """
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.quality.senses import MICRO_BATCH, SenseInputs
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.teacher import Student
 from benchmarks.quality.terms import lexical_divergence, synonym_targets
@@ -20,14 +20,9 @@ from benchmarks.quality.text import Text, Words
 from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
 from dskd.random_numbers import derived_seed, uniform
 from dskd.senses.dictionary import SenseDictionary
-from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS
-from dskd.training.collator import Collator
-from dskd.training.distribution_candidates import CandidateRows
 from dskd.training.muon import Float32Muon
-from dskd.training.positions import SensePositions
 
 _MOST_GRADIENT = 1.0  # norm, as in `dskd`
-_MICRO_BATCH = 8  # sequences: more would not be faster, and need more memory
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a training. CPU seconds hardly grow if others use the machine."""
+    """The cost of a training. CPU seconds hardly grow if others use the machine; on a GPU they are a clock's."""
 
     steps: int
     tokens: int
@@ -60,35 +55,85 @@ def train(student: Student, material: Material, settings: Settings, seed: int) -
     """
     torch.manual_seed(seed)
     text, trained = material.text, student.trained()
-    optimizers = _optimizers(trained, settings)
+    sense_map = _sense_map(student, settings)
+    optimizers = _optimizers(trained | _named(sense_map), settings)
     steps = max(1, round(settings.epochs * len(text) / settings.batch_size))
     weights = _position_weights(material, settings)
-    head = _head(student, settings)
-    batches = _batches(material, settings, seed, steps)
-    began, positions, tokens = time.process_time(), 0, 0
+    head = build_head(student, settings, text)
+    inputs = None
+    if settings.sense_weight:
+        vectors = material.vectors.to(student.output_matrix.device)
+        inputs = SenseInputs(text, material.dictionary, vectors, settings, seed)
+    batches = _batches(text, settings, seed, steps, inputs)
+    began, positions, tokens = _seconds(student), 0, 0
     for step, (sequences, mask, senses) in enumerate(batches):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = _rate(settings, step, steps)
         count, tokens = int(mask.sum()), tokens + sequences.numel() * text.input_ids.shape[1]
         positions += count
-        for number, at in enumerate(sequences.split(_MICRO_BATCH)):
-            part = slice(number * _MICRO_BATCH, number * _MICRO_BATCH + len(at))
-            hidden = student(material.states[at], text.position_ids[at], text.attention_mask(at))
-            loss = _loss(head, hidden, material, settings, at, mask[part], weights, count, senses[number])
+        for number, at in enumerate(sequences.split(MICRO_BATCH)):
+            part = slice(number * MICRO_BATCH, number * MICRO_BATCH + len(at))
+            entering = material.states[at], text.position_ids[at], text.attention_mask(at)
+            hidden, mapped = _states(student, sense_map, settings, *entering)
+            loss = _loss(head, hidden, mapped, material, settings, at, mask[part], weights, count, senses[number])
             if not loss.isfinite():
                 raise FloatingPointError(f"the loss of step {step + 1} is {loss.item()}")
             loss.backward()
         nn.utils.clip_grad_norm_(list(trained.values()), _MOST_GRADIENT)
+        nn.utils.clip_grad_norm_(list(_named(sense_map).values()), _MOST_GRADIENT)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    return Cost(steps, tokens, positions, time.process_time() - began)
+    return Cost(steps, tokens, positions, _seconds(student) - began)
+
+
+def _seconds(student: Student) -> float:
+    if student.output_matrix.device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _sense_map(student: Student, settings: Settings) -> nn.Linear | None:
+    """Returns the map [D, D] from the states that the sense loss reads to sense embeddings, at first the identity.
+
+    It is trained with the student and not part of it. The states before a target is said need none.
+    """
+    if not settings.sense_weight or settings.sense_at == "prediction":
+        return None
+    width = student.output_matrix.shape[1]
+    found = nn.Linear(width, width, bias=False)
+    nn.init.eye_(found.weight)
+    return found.to(student.output_matrix.device)
+
+
+def _named(sense_map: nn.Linear | None) -> dict[str, nn.Parameter]:
+    return {} if sense_map is None else {"sense_map": sense_map.weight}
+
+
+def _states(
+    student: Student,
+    sense_map: nn.Linear | None,
+    settings: Settings,
+    states: torch.Tensor,
+    position_ids: torch.Tensor,
+    mask: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns the last hidden states [B, T, D], and those that the sense loss reads if they are others."""
+    if sense_map is None:
+        return student(states, position_ids, mask), None
+    if settings.sense_at == "middle":
+        last, middle = student.forward_from_middle(states, position_ids, mask)
+        return last, sense_map(middle)
+    last = student(states, position_ids, mask)
+    return last, sense_map(last)
 
 
 def _loss(
     head: DistillationHead,
     hidden: torch.Tensor,
+    mapped: torch.Tensor | None,
     material: Material,
     settings: Settings,
     at: torch.Tensor,
@@ -98,23 +143,23 @@ def _loss(
     senses: dict[str, Any] | None,
 ) -> torch.Tensor:
     """Returns the part of a step's mean loss that the sequences `at` have; `count` positions count in the step."""
-    text = material.text
+    text, device = material.text, hidden.device
     counted = 0 if senses is None else senses.pop("count")
-    drawn = None
-    if weights is not None:
-        drawn = weights[at]
+    teacher_states = text.teacher_states[at].to(device)
     loss, _ = head(
         hidden,
-        labels=text.labels[at],
-        loss_mask=mask,
+        labels=text.labels[at].to(device),
+        loss_mask=mask.to(device),
         normalizers=Normalizers(targets=1 / max(count, 1), senses=1 / max(counted, 1)),
-        teacher_hidden=text.teacher_states[at],
-        senses=senses,
-        token_weights=drawn,
+        teacher_hidden=teacher_states,
+        senses=None if senses is None else {name: value.to(device) for name, value in senses.items()},
+        token_weights=None if weights is None else weights[at].to(device),
+        mapped=mapped,
     )
     if settings.lexical_divergence or settings.synonym_targets:
-        own, teacher, targets = hidden[mask], text.teacher_states[at][mask], text.labels[at][mask]
-        related = (material.words.related if settings.lexical_words == "related" else material.words.random)[targets]
+        own, teacher, labels = hidden[mask], teacher_states[mask], text.labels[at][mask]
+        words = material.words.related if settings.lexical_words == "related" else material.words.random
+        related, targets = words[labels].to(device), labels.to(device)
         share = len(targets) / max(count, 1)
         if settings.lexical_divergence:
             value = lexical_divergence(own, teacher, head.weight.detach(), targets, related, settings.temperature)
@@ -126,24 +171,22 @@ def _loss(
     return loss
 
 
-def _head(student: Student, settings: Settings) -> DistillationHead:
+def build_head(student: Student, settings: Settings, text: Text) -> DistillationHead:
+    """Returns the head that computes the loss of a training; the text has the teacher's distances for the margin."""
     matrix = student.output_matrix
     sizes = HeadSizes.of(None, len(matrix), matrix.device)
     teacher = matrix.detach().clone() if matrix.requires_grad else None
-    return DistillationHead(matrix, teacher, settings.loss, chunk_size=sizes.chunk, block_size=sizes.block)
+    margin = None if settings.relative_margin is None else settings.relative_margin * text.antonym_distance
+    return DistillationHead(
+        matrix, teacher, settings.loss, chunk_size=sizes.chunk, block_size=sizes.block, margin=margin
+    )
 
 
 def _batches(
-    material: Material, settings: Settings, seed: int, steps: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[dict[str, Any] | None]]]:
+    text: Text, settings: Settings, seed: int, steps: int, inputs: SenseInputs | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, Sequence[dict[str, Any] | None]]]:
     """Yields the sequences [B] of each step, the positions [B, T] bool that count, and each micro-batch's senses."""
-    text, size = material.text, settings.batch_size
-    places = torch.arange(text.input_ids.numel()).view_as(text.input_ids)
-    draw = SensePositions.of(settings.loss, seed)
-    candidates = None
-    if settings.sense_weight and settings.sense_form == "distribution":
-        candidates = CandidateRows.of(settings.loss, seed, material.dictionary.num_rows)
-    collate = Collator(None, draw, micro_batch_size=_MICRO_BATCH, candidates=candidates)
+    size, places = settings.batch_size, torch.arange(text.input_ids.numel()).view_as(text.input_ids)
     order: list[int] = []
     epoch = -1
     for step in range(steps):
@@ -155,43 +198,10 @@ def _batches(
         mask = text.loss_mask[chosen]
         if settings.position_share < 1:
             mask = mask & (uniform(derived_seed(seed, "positions", step), places[chosen]) < settings.position_share)
-        senses: list[dict[str, Any] | None] = [None] * -(-size // _MICRO_BATCH)
-        if settings.sense_weight:
-            chosen, mask, senses = _with_senses(material, collate, chosen, mask, step, epoch)
-        yield chosen, mask, senses
-
-
-def _with_senses(
-    material: Material, collate: Collator, chosen: torch.Tensor, mask: torch.Tensor, step: int, epoch: int
-) -> tuple[torch.Tensor, torch.Tensor, list[dict[str, Any] | None]]:
-    """Returns a step's sequences and positions in the collator's order, with the senses of its micro-batches."""
-    text = material.text
-    samples = []
-    for number, row in enumerate(chosen.tolist()):
-        sample = {
-            "input_ids": text.input_ids[row].numpy(),
-            # All positions with a target: which of them get a sense term does not depend on `position_share`.
-            "loss_mask": text.loss_mask[row].numpy().astype(np.uint8),
-            "document_starts": text.document_starts[row].numpy().astype(np.uint8),
-            **{name: text.rows[name][row].numpy() for name in (OWN_ROWS, SYNONYM_ROWS, ANTONYM_ROWS)},
-        }
-        samples.append(sample | {"sample_id": number, "epoch": epoch, "step": step})
-    batches = collate(samples)
-    order = torch.cat([batch["sample_ids"] for batch in batches])
-    senses, total = [], 0
-    for batch in batches:
-        found = _lengthened(batch["senses"], batch["input_ids"].shape[1], text.input_ids.shape[1])
-        total += sum(len(value) for name, value in found.items() if name.endswith("positions"))
-        senses.append(found | {"sense_rows": material.vectors})
-    return chosen[order], mask[order], [found | {"count": total} for found in senses]
-
-
-def _lengthened(senses: Mapping[str, torch.Tensor], trimmed: int, length: int) -> dict[str, torch.Tensor]:
-    """Returns senses with positions into B·T of the whole sequences; the collator trims them."""
-    return {
-        name: value // trimmed * length + value % trimmed if name.endswith("positions") else value
-        for name, value in senses.items()
-    }
+        if inputs is None:
+            yield chosen, mask, [None] * -(-size // MICRO_BATCH)
+        else:
+            yield inputs.of_step(chosen, mask, step, epoch)
 
 
 def _position_weights(material: Material, settings: Settings) -> torch.Tensor | None:
@@ -211,7 +221,8 @@ def _position_weights(material: Material, settings: Settings) -> torch.Tensor | 
 
 
 def _optimizers(trained: Mapping[str, nn.Parameter], settings: Settings) -> list[torch.optim.Optimizer]:
-    matrices = [value for name, value in trained.items() if value.ndim == 2 and name != "output_matrix"]
+    others_than_layers = ("output_matrix", "sense_map")
+    matrices = [value for name, value in trained.items() if value.ndim == 2 and name not in others_than_layers]
     others = [value for value in trained.values() if not any(value is matrix for matrix in matrices)]
     found: list[torch.optim.Optimizer] = []
     if settings.optimizer == "muon":

@@ -8,16 +8,24 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from benchmarks.quality.arms import ARMS, BY_NAME, LOOK_SEEDS, TEST_SEEDS, TUNING_SEED, Arm
-from benchmarks.quality.measures import OPPOSITES, describe, measure
+from benchmarks.quality.measures import describe, measure
 from benchmarks.quality.pairs import Pairs
-from benchmarks.quality.results import TEACHER, UNTRAINED, Result, Stage, append_result, choose, read_results
+from benchmarks.quality.questions import Questions, read_questions
+from benchmarks.quality.results import (
+    TEACHER,
+    UNTRAINED,
+    Result,
+    Stage,
+    append_result,
+    chosen_values,
+    read_results,
+)
 from benchmarks.quality.settings import Settings
-from benchmarks.quality.teacher import Student, Teacher, lower_states
+from benchmarks.quality.teacher import Student, Teacher, lower_states, run_layers
 from benchmarks.quality.terms import entropies
 from benchmarks.quality.text import Words, load_text, parts_of, work_folder
 from benchmarks.quality.training import Cost, Material, train
@@ -29,7 +37,6 @@ from dskd.errors import UserError
 from dskd.senses.dictionary import load_dictionary, map_vectors
 
 _WAIT_S = 5.0  # between two checks of other processes' trainings, on which more trainings may depend
-_STARTS_TUNED = "kd"  # the arms before it tune the optimizer and are needed in this order
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Training:
     seed: int
     value: object
     settings: Settings
+    length: int = 0  # tokens that the stage "length" asks for
 
 
 def planned_trainings(
@@ -55,27 +63,50 @@ def planned_trainings(
         seeds: of the test; none for tuning alone.
     """
     wanted = _with_bases(names)
-    chosen: dict[str, object] = {}
-    ready: list[Arm] = []
+    chosen = chosen_values(results, text, wanted)
     for arm in ARMS:
-        if arm.name not in wanted or (arm.based_on is not None and arm.based_on not in {each.name for each in ready}):
-            continue
-        for value in arm.values(chosen):
-            yield Training("tune", arm, TUNING_SEED, value, arm.settings(chosen, value))
-        best = choose(results, text, arm, chosen)
-        if arm.tuned is None or best is not None:
-            chosen[arm.name] = best
-            ready.append(arm)
+        if arm.name in wanted and (arm.based_on is None or arm.based_on in chosen):
+            for value in arm.values(chosen):
+                yield Training("tune", arm, TUNING_SEED, value, arm.settings(chosen, value))
     for seed in seeds:  # seed by seed, so that an early end leaves complete pairs
-        for arm in ready:
-            if arm.tested:
-                value = chosen[arm.name]
-                yield Training("test", arm, seed, value, arm.settings(chosen, value))
+        for name, value in chosen.items():
+            if BY_NAME[name].tested:
+                yield Training("test", BY_NAME[name], seed, value, BY_NAME[name].settings(chosen, value))
 
 
-def planned_looks(names: Sequence[str]) -> Iterator[Training]:
+def planned_lengths(
+    results: Sequence[Result],
+    text: str,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    lengths: Sequence[int],
+    text_tokens: int,
+) -> Iterator[Training]:
+    """Yields the trainings of arms with their chosen values on other numbers of tokens, the shortest first.
+
+    An arm that tuning lets read the text once reads it `lengths` / `text_tokens` times; one that reads half of it in
+    the same time reads half as much of each length.
+
+    Raises:
+        UserError: when an arm's value is not chosen yet.
+    """
+    names = names or [arm.name for arm in ARMS if arm.tested]
+    chosen = chosen_values(results, text, _with_bases(names))
+    if missing := [name for name in names if name not in chosen]:
+        raise UserError(
+            f"--length: the value of {missing[0]!r} is not chosen yet; tune it first, without --length and --looks"
+        )
+    for length in sorted(lengths):
+        for seed in seeds:
+            for name in names:
+                settings = BY_NAME[name].settings(chosen, chosen[name])
+                longer = replace(settings, epochs=round(settings.epochs * length / text_tokens, 4))
+                yield Training("length", BY_NAME[name], seed, chosen[name], longer, length)
+
+
+def planned_looks(names: Sequence[str], seeds: Sequence[int] = LOOK_SEEDS) -> Iterator[Training]:
     """Yields the looks at arms, seed by seed; without `names` at all that change layers or loss."""
-    for seed in LOOK_SEEDS:
+    for seed in seeds:
         for arm in ARMS:
             if arm.name in names or (not names and (arm.tested or arm.tuned is None)):
                 yield Training("look", arm, seed, arm.look, arm.look_settings())
@@ -104,17 +135,28 @@ def require_arms(names: Sequence[str]) -> None:
 class Runner:
     """A runner that does the trainings on one text and saves their results."""
 
-    def __init__(self, config: Config, name: str, path: Path, pairs: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        path: Path,
+        pairs: Sequence[Path] = (),
+        questions: Sequence[str] = (),
+        device: str = "cpu",
+    ) -> None:
         """Loads the teacher and the text.
 
         Args:
             config: the study's config, whose shards exist.
             name: the name of the text in the results.
             path: the results file.
-            pairs: files of synonyms and antonyms; none to leave that measure out.
+            pairs: files of synonyms and antonyms; none to leave these measures out.
+            questions: places of benchmarks (:func:`benchmarks.quality.questions.read_questions`), which students that
+                tuning tries do not answer.
+            device: of the teacher and of training.
         """
         self._config, self._name, self._path = config, name, path
-        self._teacher = Teacher.load(config)
+        self._teacher = Teacher.load(config, device)
         self._text, self._held_out = (load_text(config, split, self._teacher) for split in ("train", "validation"))
         self._parts = parts_of(self._held_out)
         dictionary, _ = load_dictionary(config)
@@ -123,20 +165,32 @@ class Runner:
         self._material = Material(
             self._text, self._text.trunk_states, self._words, self._entropy(), dictionary, vectors
         )
-        self._pairs = Pairs.read(pairs, self._teacher) if pairs else None
+        self._judges: dict[str, Pairs | Questions] = {}
+        if pairs:
+            self._judges["pairs"] = Pairs.read(pairs, self._teacher)
+        self._judges |= {each.name: each for each in read_questions(questions, self._teacher)}
         self._cut: tuple[int, ...] = ()
         self._lower: dict[str, torch.Tensor] = {}
 
-    def run(self, names: Sequence[str], seeds: Sequence[int], budget_s: float, *, looks: bool = False) -> bool:
+    def run(
+        self,
+        names: Sequence[str],
+        seeds: Sequence[int],
+        budget_s: float,
+        *,
+        looks: bool = False,
+        lengths: Sequence[int] = (),
+    ) -> bool:
         """Does all trainings that are not done yet; returns False if the time is over first.
 
         Several processes can do this at once: each takes a training that no other process is doing.
 
         Args:
             names: the arms, empty for all.
-            seeds: of the test; none for tuning alone.
+            seeds: of the test, or the looks; none for tuning alone.
             budget_s: no training starts after so many seconds.
             looks: do the looks instead.
+            lengths: numbers of tokens; do the arms with their chosen values on these instead.
         """
         require_arms(names)
         started = time.monotonic()
@@ -145,7 +199,13 @@ class Runner:
             is_busy = False
             results = read_results(self._path)
             done = {result.identity for result in results}
-            planned = planned_looks(names) if looks else planned_trainings(results, self._name, names, seeds)
+            if looks:
+                planned = planned_looks(names, seeds)
+            elif lengths:
+                tokens = self._text.input_ids.numel()
+                planned = planned_lengths(results, self._name, names, seeds, lengths, tokens)
+            else:
+                planned = planned_trainings(results, self._name, names, seeds)
             for training in planned:
                 empty = self._result(training, Cost(0, 0, 0, 0.0), {})
                 if empty.identity in done:
@@ -153,10 +213,8 @@ class Runner:
                 if time.monotonic() - started > budget_s:
                     say("the time is over; the same command continues from here")
                     return False
-                lock = (
-                    work_folder(self._config)
-                    / f".{training.stage}-{training.arm.name}-{training.value}-{training.seed}.lock"
-                )
+                name = f"{training.stage}{training.length or ''}-{training.arm.name}-{training.value}-{training.seed}"
+                lock = work_folder(self._config) / f".{name}.lock"
                 with lock_if_free(lock) as is_ours:
                     done = {result.identity for result in read_results(self._path)}
                     if is_ours and empty.identity not in done:
@@ -172,7 +230,7 @@ class Runner:
         student = Student(self._teacher, training.settings)
         states = self._lower_states(student, "text")
         cost = train(student, replace(self._material, states=states), training.settings, training.seed)
-        result = self._result(training, cost, self._measure(student, training.stage))
+        result = self._result(training, cost, self._measure(student, training.stage, training.stage != "tune"))
         append_result(self._path, result)
         value = "" if training.arm.tuned is None else f" {training.arm.tuned} {training.value}"
         say(
@@ -180,39 +238,46 @@ class Runner:
             f"{cost.steps} steps, {cost.cpu_seconds:.0f} s of CPU"
         )
 
-    def _measure(self, student: Student, stage: Stage) -> dict[str, float]:
-        at = self._parts["test" if stage == "test" else "validation"]
+    def _measure(self, student: Student, stage: Stage, with_questions: bool) -> dict[str, float]:
+        at = self._parts["test" if stage in ("test", "length") else "validation"]
         held_out = self._lower_states(student, "held-out")
         student.eval()
         with torch.no_grad():
             states = torch.cat(
                 [
-                    student(held_out[part], self._held_out.position_ids[part], self._held_out.attention_mask(part))
+                    student(
+                        held_out[part], self._held_out.position_ids[part], self._held_out.attention_mask(part)
+                    ).cpu()
                     for part in at.split(8)
                 ]
             )
         matrix = self._teacher.output_matrix
         found = measure(states, student.output_matrix.detach(), matrix, self._held_out, at, self._words)
-        if self._pairs is not None:
-            found[OPPOSITES] = self._pairs.area(student, self._lower_states(student, "pairs"))
+        for name, judge in self._judges.items():
+            if isinstance(judge, Pairs) or with_questions:
+                found |= judge.measure(student, self._lower_states(student, name))
         return found
 
-    def _lower_states(self, student: Student, of: Literal["text", "held-out", "pairs"]) -> torch.Tensor:
+    def _lower_states(self, student: Student, of: str) -> torch.Tensor:
         """Returns the states that enter the student's upper layers, of one cut at a time because they are large."""
         if self._cut != student.frozen:
             self._cut, self._lower = student.frozen, {}
         if of not in self._lower:
-            if of == "pairs":
-                assert self._pairs is not None
-                self._lower[of] = self._pairs.lower_states(self._teacher, student.frozen)
+            if of in self._judges:
+                self._lower[of] = run_layers(self._teacher, student.frozen, self._judges[of])
             else:
                 text = self._text if of == "text" else self._held_out
                 self._lower[of] = lower_states(self._teacher, student.frozen, text, work_folder(self._config))
         return self._lower[of]
 
     def _keep_references(self) -> None:
-        """Saves the measures of the teacher and of the untrained student, once."""
-        done = {(result.text, result.arm, result.stage) for result in read_results(self._path)}
+        """Saves the measures of the teacher and of the untrained student, again if there are new judges."""
+        wanted = {name for judge in self._judges.values() for name in judge.measures}
+        done = {
+            (result.text, result.arm, result.stage)
+            for result in read_results(self._path)
+            if wanted <= result.measures.keys()
+        }
         everything = Settings(layers=self._teacher.num_layers, train_layers=2)
         for name, settings in ((TEACHER, everything), (UNTRAINED, Settings())):
             for stage in ("tune", "test"):
@@ -221,7 +286,7 @@ class Runner:
                     result = self._result(
                         Training(stage, Arm(name, ""), 0, None, settings),
                         Cost(0, 0, 0, 0.0),
-                        self._measure(student, stage),
+                        self._measure(student, stage, with_questions=True),
                     )
                     append_result(self._path, result)
                     say(f"{name}, {stage}: {describe(result.measures)}")
@@ -255,10 +320,13 @@ class Runner:
             cost.positions,
             round(cost.cpu_seconds, 1),
             datetime.date.today().isoformat(),
-            _where(),
+            _where(self._teacher.device),
+            training.length,
         )
 
 
-def _where() -> str:
+def _where(device: torch.device) -> str:
     found = machine()
+    if device.type == "cuda":
+        return f"{found['device']}, torch {found['torch']}"
     return f"{found['device']}, {found['threads']} of {found['cores']} cores, torch {found['torch']}"

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openpyxl import load_workbook
-
 from dskd.artifacts.pointers import refuse_pointer_beginning
 from dskd.console import progress, warn
 from dskd.errors import UserError, listed
@@ -113,6 +111,8 @@ def read_morpholex(path: Path, report: Report) -> MorphoLex:
 
 
 def _open(stream: Any, path: Path) -> Any:
+    from openpyxl import load_workbook  # here: only a workbook is worth its import
+
     beginning = stream.read(256)
     stream.seek(0)
     refuse_pointer_beginning(beginning, path)

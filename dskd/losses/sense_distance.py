@@ -110,7 +110,9 @@ def sense_loss(
 
 def _distance(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Returns the distances D(h, s) [n, K] of states [n, D] to rows [n, K, D]."""
-    # |h - s|² = |h|² - 2 h·s + |s|² needs one batched product, and no difference of shape [n, K, D].
+    # |h - s|² = |h|² - 2 h·s + |s|² needs one batched product, and no difference of shape [n, K, D]. It is that of
+    # :mod:`dskd.senses.distances` but for the order of the sum: one order for both would change the last bits of the
+    # losses, or of dictionaries and shards, and with them which of two rows at equal distances is the nearest.
     products = torch.bmm(rows, states.unsqueeze(-1)).squeeze(-1)
     squares = rows.square().sum(-1) - 2 * products + states.square().sum(-1, keepdim=True)
     return squares.clamp(min=0) / states.shape[-1]

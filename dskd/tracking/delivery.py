@@ -156,6 +156,7 @@ def draw_curves(client: Any, run_id: str, titles: Mapping[str, str], path: Path)
         panel.plot(*zip(*points, strict=True), linewidth=1.2, marker="." if len(points) == 1 else None)
         panel.set_title(titles[name])
         panel.set_xlabel("step")
+        panel.locator_params(nbins=4)  # most of the time goes into the numbers next to the axes
         panel.grid(alpha=0.3)
     figure.suptitle(run.info.run_name)
     figure.tight_layout()

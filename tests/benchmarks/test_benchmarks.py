@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_jobs import run_benchmark
+from rank_jobs import run_main
 from rank_processes import finish, fork_ranks
 from small_dictionaries import all_vectors
 from torch.utils.flop_counter import FlopCounterMode
@@ -181,7 +181,7 @@ def test_the_step_benchmark_trains_and_reports_its_measurements(tmp_path):
         tmp_path / "x.json",
     ]
     options += ["--only", "trunk", "use"]  # `sense` is another pair, measured like `trunk`
-    finish(fork_ranks(run_benchmark, "benchmarks.step", list(map(str, options))))
+    finish(fork_ranks(run_main, "benchmarks.step", list(map(str, options))))
     results = json.loads((tmp_path / "x.json").read_text())["results"]
     use, shape = results["use"], preset.shape
     assert use["flops_per_token"] == step_flops(shape, shared_trunk=True)

@@ -1,30 +1,37 @@
 """The study of what makes a good student: its comparison is fair, and no training is repeated."""
 
 import dataclasses
+import functools
 import json
 import sys
 
 import pytest
 import torch
 from scipy import stats
+from task_files import DATA
 from tiny_work import BEFORE_TRAINING, TINY, copy_work
 
 from benchmarks.quality.__main__ import REPORT, RESULTS, main
-from benchmarks.quality.arms import ARMS, BY_NAME, TEST_SEEDS, TUNING_SEED
-from benchmarks.quality.measures import BY_TEXT, measure
+from benchmarks.quality.arms import ARMS, BY_NAME, TEST_SEEDS, TUNING_SEED, time_of_sequence
+from benchmarks.quality.measures import BY_TEXT, is_at_chance, measure
 from benchmarks.quality.pairs import area_under_curve
+from benchmarks.quality.questions import Questions
 from benchmarks.quality.report import render
-from benchmarks.quality.results import Result, append_result, choose, read_results
+from benchmarks.quality.results import Result, append_result, choose, chosen_values, read_results, without_outdated
+from benchmarks.quality.senses import SenseInputs, nearer_to_antonyms, nearest_rows, sense_rows, with_random_words
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.teacher import Student, Teacher, lower_states, run_layers
 from benchmarks.quality.terms import entropies, lexical_divergence, synonym_targets
 from benchmarks.quality.text import Words, load_text, parts_of, similar_words
-from benchmarks.quality.training import Material, train
-from benchmarks.quality.trainings import planned_looks, planned_trainings, require_arms
+from benchmarks.quality.training import Material, build_head, train
+from benchmarks.quality.trainings import planned_lengths, planned_looks, planned_trainings, require_arms
 from dskd.config.reading import load_config
+from dskd.corpus.tasks.benchmarks import BENCHMARKS
+from dskd.corpus.tasks.reading import read_examples
 from dskd.errors import UserError
 from dskd.senses.dictionary import load_dictionary, map_vectors
 from dskd.shards.annotate import annotate
+from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS
 from dskd.students.student import build_student
 
 MEASURES = dict.fromkeys(BY_TEXT, 50.0)
@@ -35,6 +42,7 @@ def _result(settings=None, kl=2.0, seed=TUNING_SEED, stage="tune", arm="kd", tex
     return Result(text, stage, arm, seed, changes, None, MEASURES | {"kl": kl}, 10, 100, 50, 3.0, "2026-11-30", "here")
 
 
+@functools.cache
 def _all_tuned(text="toy"):
     """Results of all trials, of which the last of each arm has the lowest KL."""
     results, kl = [], 9.0
@@ -45,8 +53,16 @@ def _all_tuned(text="toy"):
         new = [result for result in new if result.identity not in done]
         if not new:
             return results
-        kl -= 0.01
-        results.append(dataclasses.replace(new[0], measures=MEASURES | {"kl": kl}))
+        for result in new:
+            kl -= 0.01
+            results.append(dataclasses.replace(result, measures=MEASURES | {"kl": kl}))
+
+
+def _tested(arm, kl=2.0, seed=0, stage="test", length=0, **measures):
+    """A result of an arm with its chosen value."""
+    chosen = chosen_values(_all_tuned(), "toy")
+    result = _result(BY_NAME[arm].settings(chosen, chosen[arm]), kl, seed, stage, arm)
+    return dataclasses.replace(result, measures=result.measures | measures, length=length)
 
 
 def test_no_seed_of_the_test_is_tuned_on_and_arms_with_weights_try_equally_many():
@@ -74,7 +90,7 @@ def test_every_arm_differs_from_what_it_is_compared_with_in_its_own_settings_alo
         for other in map(BY_NAME.get, arm.against):
             one, two = (each.settings(chosen, chosen[each.name]) for each in (arm, other))
             differing = {key for key in dataclasses.asdict(one) if getattr(one, key) != getattr(two, key)}
-            own = {*arm.changes, arm.tuned, *other.changes, other.tuned} - {None}
+            own = {*arm.changes, arm.tuned, *other.changes, other.tuned, *(["epochs"] if arm.as_long else [])} - {None}
             if arm.name not in ("ce", "kd paper"):  # which are of the chain before kd
                 assert differing <= own, arm.name
 
@@ -106,7 +122,66 @@ def test_looks_need_no_results_and_differ_from_their_controls_in_their_own_setti
                 if getattr(of_arm[arm.name], key) != getattr(of_arm[other], key)
             }
             own = {*arm.changes, arm.tuned, *BY_NAME[other].changes, BY_NAME[other].tuned} - {None}
+            own |= {"epochs"} if arm.as_long else set()
             assert differing <= own, arm.name
+
+
+def test_arms_at_equal_time_take_as_long_as_what_they_build_on():
+    results, chosen = _all_tuned(), {}
+    for arm in ARMS:
+        chosen[arm.name] = choose(results, "toy", arm, chosen)
+    long = [arm for arm in ARMS if arm.as_long]
+    assert {"all layers, as long", "head, as long"} <= {arm.name for arm in long}
+    for arm in long:
+        one, base = (each.settings(chosen, chosen[each.name]) for each in (arm, BY_NAME[arm.based_on]))
+        times = [settings.epochs * time_of_sequence(settings) for settings in (one, base)]
+        assert (one.epochs < base.epochs) == (arm.name != "few positions")
+        assert times[0] == pytest.approx(times[1], rel=0.05)
+        if arm.name.endswith(", as long"):
+            same_steps = BY_NAME[arm.name.removesuffix(", as long")].settings(chosen, chosen[arm.name])
+            assert dataclasses.replace(one, epochs=1.0) == same_steps
+
+
+def test_longer_trainings_have_the_chosen_values_and_read_the_text_as_often_as_it_takes():
+    results = _all_tuned()
+    chosen = chosen_values(results, "toy")
+    planned = list(planned_lengths(results, "toy", ["kd", "all layers, as long"], (0, 1), (2000, 500), 1000))
+    assert [training.length for training in planned] == [500] * 4 + [2000] * 4
+    kd, long = planned[:2]
+    assert kd.settings == dataclasses.replace(BY_NAME["kd"].settings(chosen, chosen["kd"]), epochs=0.5)
+    once = BY_NAME[long.arm.name].settings(chosen, chosen[long.arm.name])
+    assert long.settings.epochs == pytest.approx(once.epochs / 2, abs=1e-4)
+    with pytest.raises(UserError, match="the value of 'kd' is not chosen yet"):
+        list(planned_lengths([], "toy", ["kd"], (0,), (500,), 1000))
+
+
+def test_the_report_has_arms_by_length():
+    results = list(_all_tuned())
+    for seed in range(3):
+        for arm, shift in (("kd", 0.0), ("hidden", 0.25 * (1 + 0.1 * seed))):
+            results.append(_tested(arm, 2.0 + 0.01 * seed + shift, seed, "length", 1000))
+            results.append(_tested(arm, 1.0 + shift, seed, "length", 2000))
+    report = render(results)
+    assert "kl, 1,000 tokens | against kd | kl, 2,000 tokens" in report
+    row = "| hidden | 2.2850 ± 0.0869 | **+0.2750 ± 0.0621** | 1.2750 ± 0.0621 | **+0.2750 ± 0.0621** |"
+    assert row in report
+
+
+def test_results_of_an_arm_with_settings_that_were_chosen_before_do_not_count():
+    now = [_tested("kd"), _tested("kd", stage="length", length=500)]
+    before = [
+        dataclasses.replace(result, settings={**result.settings, "learning_rate": 0.123}, seed=7) for result in now
+    ]
+    look = _result(BY_NAME["kd"].look_settings(), seed=100, stage="look")
+    results = [*_all_tuned(), *now, *before, look, dataclasses.replace(look, settings={}, seed=101)]
+    assert without_outdated(results, "toy") == [*_all_tuned(), *now, look]
+    assert not without_outdated(results, "another")
+
+
+def test_settings_that_are_not_used_change_no_identity():
+    assert Settings(kd_weight=5.0).changes == {"kd_weight": 5.0}
+    with pytest.raises(ValueError, match="sense_at"):
+        Settings(sense_at="reading", hidden_weight=1.0)
 
 
 def test_an_interrupted_line_costs_no_other_result(tmp_path):
@@ -149,11 +224,8 @@ def test_the_committed_report_is_that_of_the_committed_results():
 
 def test_the_intervals_of_the_report_are_those_of_scipy():
     values = {"kd": [2.0, 2.3, 1.8, 2.1, 2.4], "hidden": [1.9, 2.1, 1.8, 2.2, 2.0]}
-    results = [
-        _result(kl=value, seed=seed, stage="test", arm=name)
-        for name, of_seeds in values.items()
-        for seed, value in enumerate(of_seeds)
-    ]
+    results = [_tested(name, kl, seed) for name, of_seeds in values.items() for seed, kl in enumerate(of_seeds)]
+    results += _all_tuned()
     report = render(results)
     for of_seeds in values.values():
         mean = sum(of_seeds) / 5
@@ -162,7 +234,22 @@ def test_the_intervals_of_the_report_are_those_of_scipy():
     differences = [one - other for one, other in zip(values["hidden"], values["kd"], strict=True)]
     mean = sum(differences) / 5
     low, high = stats.t.interval(0.95, 4, loc=mean, scale=stats.sem(differences))
-    assert f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" in report
+    assert f"{mean:+.4f} ± {(high - low) / 2:.4f}" in report
+
+
+def test_differences_are_bold_if_they_are_sure_and_left_out_where_the_teacher_is_at_chance():
+    counted = {"piqa": 0.52, "piqa_n": 150, "piqa_chance": 0.5, "opposites": 0.7, "opposites_n": 500}
+    teacher = dataclasses.replace(_result(stage="test", arm="teacher"), measures=MEASURES | counted)
+    results = [*_all_tuned(), teacher]
+    for seed in range(5):
+        results.append(_tested("kd", 2 + 0.001 * seed**2, seed, piqa=0.5, opposites=0.5))
+        results.append(_tested("hidden", 1.9, seed, piqa=0.6, opposites=0.5))
+    report = render(results)
+    assert "**-0.1060 ± 0.0082**" in report
+    assert "piqa †" in report
+    differences = next(line for line in report.splitlines() if line.startswith("| arm | against"))
+    assert "opposites" in differences
+    assert "piqa" not in differences
 
 
 def test_a_divergence_over_few_words_is_that_of_their_renormalised_probabilities():
@@ -266,6 +353,9 @@ _SETTINGS = Settings(layers=3, train_layers=1, batch_size=4, learning_rate=3e-4,
         {},
         {"sense_weight": 1.0, "position_share": 0.5},
         {"sense_weight": 1.0, "sense_form": "distribution", "hidden_weight": 1.0},
+        {"sense_weight": 1.0, "sense_at": "reading", "sense_words": "random"},
+        {"sense_weight": 0.1, "sense_at": "middle", "train_layers": 2, "keep": "first"},
+        {"sense_weight": 0.1, "synonym_weight": 0.0, "sense_own": False, "relative_margin": 1.0, "antonyms": "nearer"},
         {"lexical_divergence": 1.0, "synonym_targets": 0.2, "weights": "entropy"},
         {"optimizer": "muon", "weights": "senses", "decay": "linear", "train_norm": True},
         {"keep": "first", "train_head": True, "train_layers": 2},
@@ -301,3 +391,158 @@ def test_the_teacher_has_no_divergence_from_itself(stored, teacher, material):
     found = measure(held_out.teacher_states[at], matrix, matrix, held_out, at, material.words)
     assert found["kl"] == pytest.approx(0, abs=1e-6)
     assert found["agreement"] == 1
+
+
+@pytest.mark.slow
+def test_rows_found_here_are_those_that_annotation_stored(material):
+    text, at = material.text, material.text.lexical
+    found = nearest_rows(text, material.dictionary, at, text.rows[OWN_ROWS].shape[-1])
+    for name, values in (
+        (OWN_ROWS, found.own_rows),
+        (SYNONYM_ROWS, found.synonym_rows),
+        (ANTONYM_ROWS, found.antonym_rows),
+    ):
+        assert (values == text.rows[name][at]).float().mean() > 0.99, name  # states differ in their last bits
+
+
+@pytest.mark.slow
+def test_random_words_replace_synonyms_and_antonyms_and_nothing_else(material):
+    text, dictionary = material.text, material.dictionary
+    rows = sense_rows(text, dictionary, Settings(sense_words="random"))
+    assert rows[OWN_ROWS].equal(text.rows[OWN_ROWS])
+    entry_of_row = torch.arange(dictionary.entries.num_entries).repeat_interleave(dictionary.senses_per_entry)
+    exchanged = with_random_words(dictionary)
+    for name, relation in ((SYNONYM_ROWS, "synonym"), (ANTONYM_ROWS, "antonym")):
+        assert (rows[name][..., 0] >= 0).equal(text.rows[name][..., 0] >= 0)
+        before, after = (each.entries.neighbours(relation) for each in (dictionary, exchanged))
+        with_rows = dictionary.senses_per_entry[before.values] > 0
+        assert (before.values != after.values).equal(with_rows)
+        assert with_rows.equal(dictionary.senses_per_entry[after.values] > 0)
+        for sequence, position in (rows[name][..., 0] >= 0).nonzero().tolist():
+            target = int(text.labels[sequence, position])
+            found = [int(entry_of_row[row]) for row in rows[name][sequence, position].tolist() if row >= 0]
+            own = {target} if name == SYNONYM_ROWS else set()  # a word's own rows compete with its synonyms'
+            assert set(found) <= set(after.of(target)) | own
+
+
+@pytest.mark.slow
+def test_antonyms_are_nearer_where_plain_distances_say_so(material):
+    text, dictionary = material.text, material.dictionary
+    vectors = material.vectors.float()
+    found = nearer_to_antonyms(text, dictionary)
+
+    def nearest(entries, state):
+        rows = [row for entry in entries for row in dictionary.rows_of(entry)]
+        return min((float((state - vectors[row]).square().sum()) for row in rows), default=None)
+
+    relations = [dictionary.entries.neighbours(relation) for relation in ("synonym", "antonym")]
+    kinds = set()
+    for sequence, position in (text.rows[ANTONYM_ROWS][..., 0] >= 0).nonzero().tolist():
+        target, state = int(text.labels[sequence, position]), text.teacher_states[sequence, position]
+        synonym, antonym = (nearest(relation.of(target), state) for relation in relations)
+        is_nearer = synonym is not None and antonym < synonym
+        assert bool(found[sequence, position]) == is_nearer
+        kinds.add(is_nearer)
+    assert kinds == {True, False}
+    assert not found[text.rows[ANTONYM_ROWS][..., 0] < 0].any()
+    rows = sense_rows(text, dictionary, Settings(antonyms="nearer", sense_own=False))
+    assert (rows[ANTONYM_ROWS][..., 0] >= 0).equal(found)
+    assert (rows[OWN_ROWS] == -1).all()
+
+
+@pytest.mark.slow
+def test_after_a_word_is_read_its_rows_are_at_the_next_position_with_a_state(material):
+    """The rows are those of the token that is read at the position; no position is in another sequence."""
+    text, settings = material.text, Settings(sense_weight=1.0, sense_at="reading")
+    dictionary = material.dictionary
+    inputs = SenseInputs(text, dictionary, material.vectors, settings, seed=0)
+    chosen = torch.arange(6)
+    order, _, senses = inputs.of_step(chosen, text.loss_mask[chosen], 0, 0)
+    owners = torch.arange(dictionary.entries.num_entries).repeat_interleave(dictionary.senses_per_entry)
+    assert len(senses) == 1
+    at, rows = senses[0]["own_positions"], senses[0]["own_rows"][:, 0]
+    assert len(at)
+    assert text.input_ids[order].flatten()[at].equal(owners[rows])
+    has_state = text.trunk_states[order].abs().sum(-1).flatten() > 0
+    assert has_state[at].all()
+    assert has_state[senses[0]["relation_positions"]].all()
+
+
+@pytest.mark.slow
+def test_a_relative_margin_is_in_the_teachers_mean_distance_to_antonyms(teacher, material):
+    text, student = material.text, Student(teacher, _SETTINGS)
+    searched = nearest_rows(text, material.dictionary, text.rows[ANTONYM_ROWS][..., 0] >= 0, 2).antonym_distance
+    assert text.antonym_distance == pytest.approx(float(searched.mean()), rel=1e-3)
+    pushed = dataclasses.replace(_SETTINGS, relative_margin=2.0)
+    assert build_head(student, pushed, text).margin == pytest.approx(2 * text.antonym_distance)
+    assert build_head(student, _SETTINGS, text).margin == 1
+
+
+@pytest.mark.slow
+def test_states_from_the_middle_are_those_of_a_student_without_the_layers_above(teacher, material):
+    student = Student(teacher, dataclasses.replace(_SETTINGS, train_layers=2))
+    text, at = material.text, torch.arange(2)
+    states = text.trunk_states[at], text.position_ids[at], text.attention_mask(at)
+    with torch.no_grad():
+        last, middle = student.forward_from_middle(*states)
+        expected = run_layers(teacher, student.upper[:1], _Rows(text, at), states[0], with_norm=True)
+        torch.testing.assert_close(last, student(*states))
+    torch.testing.assert_close(middle, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["arc_challenge", "piqa", "commonsense_qa"])
+def test_choices_are_as_likely_as_one_by_one_in_transformers(teacher, name):
+    questions = Questions.read(name, str(DATA / name.removesuffix("_challenge")), teacher)
+    student = Student(teacher, Settings(layers=teacher.num_layers, train_layers=1))
+    states = run_layers(teacher, student.frozen, questions)
+    found, expected, right, right_by_length = questions.log_likelihoods(student, states), [], [], []
+    examples = read_examples(BENCHMARKS[name], str(DATA / name.removesuffix("_challenge")), "validation")
+    by_row = {
+        tuple(row[part == 0].tolist()): n
+        for n, (row, part) in enumerate(zip(questions.input_ids, questions.parts, strict=True))
+    }
+    order = []
+    for example in examples:
+        context = teacher.tokenizer.encode(f"Question: {example.question}\nAnswer:")
+        if tuple(context) not in by_row:
+            continue
+        order.append(by_row[tuple(context)])
+        chances = []
+        for choice in example.choices:
+            ids = teacher.tokenizer.encode(f"Question: {example.question}\nAnswer: {choice}")
+            with torch.no_grad():
+                log_shares = teacher.causal_lm(torch.tensor([ids])).logits[0].log_softmax(-1)
+            chances.append(sum(float(log_shares[at - 1, ids[at]]) for at in range(len(context), len(ids))))
+        expected.append(chances)
+        gold = BENCHMARKS[name].labels.index(example.answers[0])
+        right.append(max(range(len(chances)), key=chances.__getitem__) == gold)
+        by_length = [chance / len(choice) for chance, choice in zip(chances, example.choices, strict=True)]
+        right_by_length.append(max(range(len(chances)), key=by_length.__getitem__) == gold)
+    assert sorted(order) == list(range(len(questions.input_ids)))
+    for row, chances in zip(order, expected, strict=True):
+        torch.testing.assert_close(found[questions.row_of_choice == row], torch.tensor(chances), rtol=1e-4, atol=1e-3)
+    measured = questions.measure(student, states)
+    assert measured[name] == pytest.approx(sum(right) / len(right))
+    assert measured[f"{name}_norm"] == pytest.approx(sum(right_by_length) / len(right))
+    assert measured[f"{name}_n"] == len(right)
+
+
+def test_a_measure_is_at_chance_below_two_standard_errors_above_it():
+    counted = {"piqa_n": 150, "piqa_chance": 0.5, "opposites_n": 500}
+    assert is_at_chance(counted | {"piqa": 0.57}, "piqa")  # the standard error is .041
+    assert not is_at_chance(counted | {"piqa_norm": 0.59}, "piqa_norm")
+    assert is_at_chance(counted | {"opposites": 0.55}, "opposites")  # .026
+    assert not is_at_chance(counted | {"opposites_states": 0.56}, "opposites_states")
+    assert not is_at_chance({"kl": 0.0, "preference": 0.5}, "preference")
+
+
+class _Rows:
+    """Some sequences of a text."""
+
+    def __init__(self, text, at):
+        self._text, self._at = text, at
+        self.input_ids, self.position_ids = text.input_ids[at], text.position_ids[at]
+
+    def attention_mask(self, at):
+        return self._text.attention_mask(self._at[at])

@@ -24,14 +24,14 @@ sys.stdin.read()
 
 
 def _job(base):
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-c", JOB, str(base)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
     )
-    return process, process.stdout.readline().strip()
 
 
 def test_jobs_have_their_own_folders_and_remove_only_those_of_dead_jobs(tmp_path):
-    (live, live_folder), (dead, dead_folder) = _job(tmp_path), _job(tmp_path)
+    live, dead = _job(tmp_path), _job(tmp_path)
+    live_folder, dead_folder = (job.stdout.readline().strip() for job in (live, dead))
     assert live_folder != dead_folder
     os.kill(dead.pid, signal.SIGKILL)
     dead.wait(10)

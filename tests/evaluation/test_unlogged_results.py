@@ -1,7 +1,7 @@
 """Results that were published when the process was killed, before MLflow had them."""
 
 import pytest
-from tiny_work import BEFORE_TRAINING
+from tiny_work import BEFORE_TRAINING, RESIDENT
 
 from dskd.config.reading import load_config
 from dskd.evaluation import held_out_text, suite
@@ -23,7 +23,7 @@ def _kill(*_arguments, **_options):
 
 
 def test_an_evaluation_killed_before_mlflow_has_it_is_logged_by_the_next_call(copy_of_tiny, world, monkeypatch, capsys):
-    config = load_config(copy_of_tiny(*BEFORE_TRAINING))
+    config = load_config(copy_of_tiny(*BEFORE_TRAINING, teacher=RESIDENT))
     train(config, world)
     export.build_export(config)
     with monkeypatch.context() as killed:
@@ -45,7 +45,7 @@ def test_an_evaluation_killed_before_mlflow_has_it_is_logged_by_the_next_call(co
 
 
 def test_a_model_killed_before_mlflow_has_it_is_uploaded_by_the_next_call(copy_of_tiny, world, monkeypatch):
-    config = load_config(copy_of_tiny(*BEFORE_TRAINING, tracking={"log_model": True}))
+    config = load_config(copy_of_tiny(*BEFORE_TRAINING, teacher=RESIDENT, tracking={"log_model": True}))
     train(config, world)
     with monkeypatch.context() as killed:
         killed.setattr(export, "log_export", _kill)

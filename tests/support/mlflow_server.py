@@ -80,6 +80,8 @@ class Link:
         try:
             while True:
                 ends = [listener.accept()[0], socket.create_connection(self._server)]
+                for end in ends:
+                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._open += ends
                 threading.Thread(target=self._forward, args=ends, daemon=True).start()
         except OSError:  # it was cut

@@ -368,23 +368,24 @@ def continuations_by_ranks(folder: Path, config: Config, environment: dict[str, 
     run_as_rank(run, environment, log)
 
 
-def run_harness(arguments: Sequence[str], folder: Path, environment: dict[str, str], log: Path) -> None:
-    """Runs `lm_eval` with these arguments in `folder`, in a process that is no rank of a job."""
+def run_harness(asked: Sequence[tuple[Path, Sequence[str]]], environment: dict[str, str], log: Path) -> None:
+    """Runs `lm_eval` in each of the folders with the arguments next to it, in a process that is no rank of a job."""
 
     def run() -> None:
         for name in environment.keys() & {*LAUNCHER_VARIABLES, "MASTER_ADDR", "MASTER_PORT"}:
             os.environ.pop(name)
-        os.environ |= {"HF_DATASETS_CACHE": str(folder / "datasets"), "TOKENIZERS_PARALLELISM": "false"}
-        os.chdir(folder)
-        sys.argv = ["lm_eval", *arguments]
+        os.environ |= {"HF_DATASETS_CACHE": str(asked[0][0] / "datasets"), "TOKENIZERS_PARALLELISM": "false"}
         from lm_eval.__main__ import cli_evaluate
 
-        cli_evaluate()
+        for folder, arguments in asked:
+            os.chdir(folder)
+            sys.argv = ["lm_eval", *arguments]
+            cli_evaluate()
         os._exit(0)
 
     run_as_rank(run, environment, log)
 
 
-def run_benchmark(module: str, arguments: Sequence[str], environment: dict[str, str], log: Path) -> None:
-    """Runs the benchmark of that module."""
+def run_main(module: str, arguments: Sequence[str], environment: dict[str, str], log: Path) -> None:
+    """Runs a module that has a function `main`: a benchmark, or an examination."""
     run_as_rank(lambda: importlib.import_module(module).main(arguments), environment, log)

@@ -27,6 +27,7 @@ _NUMBERS = itertools.count()  # of the files to which ranks print
 # What the fork server imports in addition to what programs import when they start: DeepSpeed compiles Muon's kernels
 # whatever the optimizer is; transformers imports an architecture, and MLflow its store, at first use.
 IMPORTED_LATE = [
+    "unsynced",
     "forked_rank",
     "deepspeed.runtime.engine",
     "deepspeed.runtime.superoffload.superoffload_stage3",

@@ -7,12 +7,11 @@ import torch
 from plain_reading import run_apart, steps_of_run
 from rank_processes import run_program
 from safetensors.torch import load_file
-from tiny_work import BEFORE_TRAINING, TINY, copy_work
+from tiny_work import BEFORE_TRAINING, RESIDENT, TINY, copy_work
 from torch.nn import functional as F
 from tracked_results import losses_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from dskd.artifacts import kinds
 from dskd.config.reading import load_config
 from dskd.errors import UserError
 from dskd.evaluation.held_out_text import evaluate
@@ -30,6 +29,7 @@ pytestmark = pytest.mark.slow
 SETTINGS = {
     **TINY["train"],
     **{"steps": 3, "checkpoint_every": 2, "micro_batch_size": 4, "warmup_share": 0.0, "gradient_clipping": 0.5},
+    "num_workers": 0,
 }
 LOSS = {"kd_weight": 0.8, "temperature": 1.5, "sense_weight": 0.0}
 NEW = {"layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "tie_embeddings": False}
@@ -68,8 +68,8 @@ def pretrained(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(tiny, pretrained, world, tmp_path_factory):
     """The config of a run with that student, which one rank trained."""
-    student = {"path": str(pretrained)}
-    path = copy_work(tiny, tmp_path_factory.mktemp("run"), *KEPT, student=student, loss=LOSS, train=SETTINGS)
+    changes = {"teacher": RESIDENT, "student": {"path": str(pretrained)}, "loss": LOSS, "train": SETTINGS}
+    path = copy_work(tiny, tmp_path_factory.mktemp("run"), *KEPT, **changes)
     config = load_config(path)
     build_student(config)
     train(config, world)
@@ -138,22 +138,19 @@ def test_the_export_is_the_trained_student_for_transformers_alone(trained):
     assert AutoTokenizer.from_pretrained(folder)("large and small")["input_ids"]
 
 
-def test_two_ranks_train_the_same_student_and_a_resumed_run_equals_one_that_did_not_stop(trained, copy_of_tiny):
+def test_two_ranks_train_the_same_student(trained, copy_of_tiny):
+    """How a run resumes whose student is trained as a whole: test_width_map.py."""
     of_one = load_config(trained)
-    two = copy_of_tiny(*KEPT, student={"path": of_one.student.path}, loss=LOSS, train=SETTINGS)
+    changes = {"teacher": RESIDENT, "student": {"path": of_one.student.path}, "loss": LOSS, "train": SETTINGS}
+    two = copy_of_tiny(*KEPT, **changes)
     shutil.copytree(of_one.path("student"), load_config(two).path("student"))
     run_program("train.py", two, ranks=2)
     for name in ("loss", "ce", "kl", "grad_norm"):
         values = [[value for _, value in losses_of(path, f"train/{name}")] for path in (trained, two)]
         assert values[0] == pytest.approx(values[1], rel=2e-4), name
-    stopped = load_config(two)
-    whole = _tensors(two)
-    shutil.rmtree(kinds.checkpoint_folder(stopped) / "step-00000003")
-    run_program("train.py", two, "--resume", ranks=2)
-    resumed = _tensors(two)
-    assert whole.keys() == resumed.keys()
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, resumed[name]), name
+    tensors = _tensors(two)
+    for name, tensor in _tensors(trained).items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=1e-3, atol=2e-5)
 
 
 def test_its_states_are_not_compared_with_sense_embeddings_of_another_width(trained, world):

@@ -103,7 +103,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_in_the_same_tracked_run(t
 )
 def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_tiny, tmp_path, world, loss):
     """The loop has no DeepSpeed, packing, chunks or sums: single documents, autograd, torch's AdamW and clipping."""
-    settings = {**TINY["train"], "warmup_share": 0.0, "gradient_clipping": 0.5, "steps": 3}
+    settings = {**TINY["train"], "warmup_share": 0.0, "gradient_clipping": 0.5, "steps": 3, "num_workers": 0}
     config_path = copy_of_tiny(*BEFORE_TRAINING, loss=loss, train=settings)
     config = load_config(config_path)
     train(config, world)
@@ -188,7 +188,7 @@ def test_a_learning_rate_scaled_to_the_batch_is_shown_everywhere(one_rank, copy_
     assert report_status(load_config(one_rank))
     assert "; peak learning rate 0.001\n" in capsys.readouterr().out
     quarter = {"learning_rate": 2.5e-4, "learning_rate_batch_size": TINY["train"]["global_batch_size"] // 4}
-    path = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], **quarter})
+    path = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], **quarter, "num_workers": 0})
     config = load_config(path)
     shown = "peak learning rate 0.001, from 0.00025 at a batch of 2 (linear rule)"
     train(config, world)

@@ -1,15 +1,17 @@
 """The map from the states of a student of another width to the teacher's: its fit, and runs that train it."""
 
-import functools
+import contextlib
+import io
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from plain_reading import run_apart, steps_of_run
 from rank_processes import ONE_RANK, run_program
 from safetensors.torch import load_file
-from tiny_work import BEFORE_TRAINING, TINY, copy_work
+from tiny_work import BEFORE_TRAINING, RESIDENT, TINY, copy_work
 from torch.nn import functional as F
 from tracked_results import losses_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,13 +26,12 @@ from dskd.training import checkpoint
 from dskd.training.exporting.export import build_export
 from dskd.training.inputs import load_inputs
 from dskd.training.train import train
-from dskd.training.universal_checkpoint import make_universal, universal_folder
 from dskd.training.width_map import StateSums
 
 WIDTH, TEACHER_WIDTH = 48, TINY["teacher"]["train_from_scratch"]["hidden_size"]
 LOSS = {**TINY["loss"], "hidden_weight": 2.0}
 # On one rank two micro-batches a step: with a small model, each takes as long as a larger one would.
-SETTINGS = {**TINY["train"], "steps": 4, "checkpoint_every": 2, "micro_batch_size": 4}
+SETTINGS = {**TINY["train"], "steps": 4, "checkpoint_every": 2, "micro_batch_size": 4, "num_workers": 0}
 R_SQUARED = "width_map/r_squared"
 TERMS = ("loss", "ce", "kl", "sense", "hidden", "grad_norm")
 
@@ -72,7 +73,8 @@ def _work(tiny, folder, **changes):
     """Writes a config in `folder`, with a work directory up to training, whose student is narrower than the teacher."""
     student = {"from_config": {"layers": 2, "hidden_size": WIDTH, "heads": 4}}
     kept = (name for name in BEFORE_TRAINING if name != "student")
-    path = copy_work(tiny, folder, *kept, **{"loss": LOSS, "student": student, "train": SETTINGS, **changes})
+    settings = {"teacher": RESIDENT, "loss": LOSS, "student": student, "train": SETTINGS}
+    path = copy_work(tiny, folder, *kept, **{**settings, **changes})
     build_student(load_config(path))
     return path
 
@@ -86,17 +88,11 @@ def narrow(tiny, world, tmp_path_factory):
 
 
 def _map_of(config):
-    """Returns the map in the newest checkpoint of a run, [D', D]."""
-    return _map_in(checkpoint.latest(config).path)
-
-
-@functools.cache  # making the universal form of a checkpoint takes longer than training it
-def _map_in(newest):
-    make_universal(newest)
-    file = universal_folder(newest) / "zero" / "width_map.weight" / "fp32.pt"
-    weight = torch.load(file, weights_only=True)
-    shutil.rmtree(universal_folder(newest))
-    return weight.view(TEACHER_WIDTH, WIDTH)
+    """Returns the map in the newest checkpoint of a run, [D', D], as DeepSpeed reads it."""
+    newest = checkpoint.latest(config).path
+    with contextlib.redirect_stdout(io.StringIO()):
+        weights = get_fp32_state_dict_from_zero_checkpoint(newest.parent, newest.name)
+    return weights["width_map.weight"].view(TEACHER_WIDTH, WIDTH)
 
 
 @pytest.mark.slow

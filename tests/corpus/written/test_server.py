@@ -56,6 +56,7 @@ class _Server(ThreadingHTTPServer):
     """A server that writes a sentence with the word; `replies` may replace the answer to request number n, from 0."""
 
     daemon_threads = True
+    request_queue_size = 64  # with more connections at a time, the system would let each wait for a second
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -73,6 +74,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer in one packet: the client would acknowledge the first of two only after a while
     server: _Server
 
     def log_message(self, *_: Any) -> None:
@@ -130,7 +132,7 @@ def running(monkeypatch):
     monkeypatch.setattr(connection, "_STARTS_WITHIN_S", 0.3)
     monkeypatch.delenv("DSKD_SERVER_KEY", raising=False)
     running = _Server()
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
     yield running
     running.shutdown()
     running.server_close()

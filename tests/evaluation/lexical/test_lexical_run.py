@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_lexical_items import GLOSSES, SYNSETS
 from test_wic import LINES
 from tiny_wordnet import write_wordnet
-from tiny_work import BEFORE_TRAINING, copy_work
+from tiny_work import BEFORE_TRAINING, RESIDENT, copy_work
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dskd.config.reading import load_config
@@ -41,6 +41,7 @@ def config(tiny, tmp_path_factory):
         folder,
         *BEFORE_TRAINING,
         "export",
+        teacher=RESIDENT,
         wordnet={"path": str(folder / "dict")},
         evaluation={"batch_size": 4, "samples": 0, "wic": str(folder / "dev.data.txt")},
     )
@@ -165,7 +166,7 @@ def test_two_ranks_with_a_sharded_model_and_other_batches_get_the_same_results(c
     shutil.copytree(
         measured.path(), work, ignore=shutil.ignore_patterns("lexical", "lexical_items", "mlflow*", "mlart*")
     )
-    overrides = (f"workdir={work}", "evaluation.batch_size=3", "tracking.enabled=false")
+    overrides = (f"workdir={work}", "teacher.mode=zero3", "evaluation.batch_size=3", "tracking.enabled=false")
     finished = run_program("evaluate.py", config, *overrides, "--lexical", "--models", "teacher", "dskd", ranks=2)
     assert finished.output.count("== lexical knowledge: teacher") == 1
     for name in ("teacher", "dskd"):
