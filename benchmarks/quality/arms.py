@@ -216,7 +216,18 @@ GROUPS: Mapping[str, tuple[Arm, ...]] = {
         _with_senses("senses random", "control: random words for synonyms and antonyms", {"sense_words": "random"}),
         _with_senses("synonyms", "+ the sense loss without antonyms", {"antonym_weight": 0.0}),
         _with_senses("antonyms", "+ the sense loss without synonyms", {"synonym_weight": 0.0}),
-        _with_senses("distribution", "+ the divergence of distributions over senses", {"sense_form": "distribution"}),
+        _with_senses(
+            "distribution",
+            "+ the divergence of distributions over senses",
+            {"sense_form": "distribution"},
+            against=("hidden", "distribution random"),
+        ),
+        _with_senses(
+            "distribution random",
+            "control: random words for synonyms and antonyms",
+            {"sense_form": "distribution", "sense_words": "random"},
+            against=(),
+        ),
         _with_senses(
             "senses after",
             "+ the sense loss after the word is read, through a map",

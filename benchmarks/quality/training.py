@@ -59,7 +59,7 @@ def train(student: Student, material: Material, settings: Settings, seed: int) -
     optimizers = _optimizers(trained | _named(sense_map), settings)
     steps = max(1, round(settings.epochs * len(text) / settings.batch_size))
     weights = _position_weights(material, settings)
-    head = _head(student, settings, text)
+    head = build_head(student, settings, text)
     inputs = None
     if settings.sense_weight:
         vectors = material.vectors.to(student.output_matrix.device)
@@ -171,7 +171,8 @@ def _loss(
     return loss
 
 
-def _head(student: Student, settings: Settings, text: Text) -> DistillationHead:
+def build_head(student: Student, settings: Settings, text: Text) -> DistillationHead:
+    """Returns the head that computes the loss of a training; the text has the teacher's distances for the margin."""
     matrix = student.output_matrix
     sizes = HeadSizes.of(None, len(matrix), matrix.device)
     teacher = matrix.detach().clone() if matrix.requires_grad else None

@@ -23,7 +23,7 @@ from benchmarks.quality.settings import Settings
 from benchmarks.quality.teacher import Student, Teacher, lower_states, run_layers
 from benchmarks.quality.terms import entropies, lexical_divergence, synonym_targets
 from benchmarks.quality.text import Words, load_text, parts_of, similar_words
-from benchmarks.quality.training import Material, train
+from benchmarks.quality.training import Material, build_head, train
 from benchmarks.quality.trainings import planned_lengths, planned_looks, planned_trainings, require_arms
 from dskd.config.reading import load_config
 from dskd.corpus.tasks.benchmarks import BENCHMARKS
@@ -415,8 +415,9 @@ def test_random_words_replace_synonyms_and_antonyms_and_nothing_else(material):
     for name, relation in ((SYNONYM_ROWS, "synonym"), (ANTONYM_ROWS, "antonym")):
         assert (rows[name][..., 0] >= 0).equal(text.rows[name][..., 0] >= 0)
         before, after = (each.entries.neighbours(relation) for each in (dictionary, exchanged))
-        assert (before.values != after.values).float().mean() > 0.5
-        assert (dictionary.senses_per_entry[before.values] > 0).equal(dictionary.senses_per_entry[after.values] > 0)
+        with_rows = dictionary.senses_per_entry[before.values] > 0
+        assert (before.values != after.values).equal(with_rows)
+        assert with_rows.equal(dictionary.senses_per_entry[after.values] > 0)
         for sequence, position in (rows[name][..., 0] >= 0).nonzero().tolist():
             target = int(text.labels[sequence, position])
             found = [int(entry_of_row[row]) for row in rows[name][sequence, position].tolist() if row >= 0]
@@ -465,6 +466,16 @@ def test_after_a_word_is_read_its_rows_are_at_the_next_position_with_a_state(mat
     has_state = text.trunk_states[order].abs().sum(-1).flatten() > 0
     assert has_state[at].all()
     assert has_state[senses[0]["relation_positions"]].all()
+
+
+@pytest.mark.slow
+def test_a_relative_margin_is_in_the_teachers_mean_distance_to_antonyms(teacher, material):
+    text, student = material.text, Student(teacher, _SETTINGS)
+    searched = nearest_rows(text, material.dictionary, text.rows[ANTONYM_ROWS][..., 0] >= 0, 2).antonym_distance
+    assert text.antonym_distance == pytest.approx(float(searched.mean()), rel=1e-3)
+    pushed = dataclasses.replace(_SETTINGS, relative_margin=2.0)
+    assert build_head(student, pushed, text).margin == pytest.approx(2 * text.antonym_distance)
+    assert build_head(student, _SETTINGS, text).margin == 1
 
 
 @pytest.mark.slow
