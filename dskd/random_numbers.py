@@ -5,6 +5,8 @@ computed from a seed and the coordinates of what it is used for (document, posit
 """
 
 import hashlib
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -26,12 +28,15 @@ def derived_seed(seed: int, *parts: int | str) -> int:
 def random_bits(seed: int, *coordinates: torch.Tensor | int) -> torch.Tensor:
     """Returns 63 uniform bits as int64 >= 0 for every element of the broadcast `coordinates` (int64 tensors, ints)."""
     device = next((c.device for c in coordinates if isinstance(c, torch.Tensor)), torch.device("cpu"))
+    if device.type == "cpu":
+        shape = np.broadcast_shapes(*(c.shape for c in coordinates if isinstance(c, torch.Tensor)))
+        if math.prod(shape) <= _FEW:
+            return torch.from_numpy(_random_bits_of_few(seed, coordinates)).reshape(shape)
 
     def mix(x: torch.Tensor | int) -> torch.Tensor | int:
         if not isinstance(x, torch.Tensor):
             return _splitmix64_of_number(int(x))  # NumPy's integers would overflow
-        x = x.to(device, torch.int64)
-        return _splitmix64_of_few(x) if x.device.type == "cpu" and x.numel() <= _FEW else _splitmix64(x)
+        return _splitmix64(x.to(device, torch.int64))
 
     # Before the first tensor, the state is a number, with which Python computes much faster than torch.
     state: torch.Tensor | int = int(seed)
@@ -52,12 +57,28 @@ def _splitmix64(x: torch.Tensor) -> torch.Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def _splitmix64_of_few(x: torch.Tensor) -> torch.Tensor:
-    """Returns what :func:`_splitmix64` returns, for tensors on a CPU; NumPy is faster at calls on small arrays."""
-    bits = x.contiguous().numpy().reshape(-1).view(np.uint64) + np.uint64(_GAMMA & _MASK)
+def _random_bits_of_few(seed: int, coordinates: Sequence[torch.Tensor | int]) -> np.ndarray:
+    """Returns what :func:`random_bits` returns, as an array with as many elements; NumPy is faster at small arrays."""
+
+    def mix(x: np.ndarray | int) -> np.ndarray | int:
+        return _splitmix64_of_array(x) if isinstance(x, np.ndarray) else _splitmix64_of_number(x)
+
+    state: np.ndarray | int = int(seed)
+    for coordinate in coordinates:
+        if isinstance(coordinate, torch.Tensor):
+            # With one dimension at least: without any, NumPy would warn of overflow.
+            state = mix(state ^ mix(np.atleast_1d(coordinate.numpy()).astype(np.int64, copy=False)))
+        else:
+            state = mix(state ^ mix(int(coordinate)))
+    return np.atleast_1d(state & (2**63 - 1))
+
+
+def _splitmix64_of_array(x: np.ndarray) -> np.ndarray:
+    """Returns what :func:`_splitmix64` returns, for an array of int64."""
+    bits = x.view(np.uint64) + np.uint64(_GAMMA & _MASK)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(_MIX_1 & _MASK)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(_MIX_2 & _MASK)
-    return torch.from_numpy((bits ^ (bits >> np.uint64(31))).view(np.int64)).reshape(x.shape)
+    return (bits ^ (bits >> np.uint64(31))).view(np.int64)
 
 
 def _splitmix64_of_number(x: int) -> int:

@@ -200,10 +200,11 @@ def compute_memory(
         peak=static + phase_bytes[moment] + reserved,
         peak_moment=moment,
     )
-    # The host: steps that workers have prepared, which have no states, and whole steps, from which a GPU's are copied.
+    # The host: steps that workers have prepared, without states and sense rows, and whole steps, from which a GPU's are
+    # copied.
     prepared = PREFETCHED_STEPS * max(1, config.train.num_workers)
-    completed = COMPLETED_STEPS if on_gpu or states else 0
-    prefetched = {"senses": senses * (prepared + completed), "batches": rest * prepared + (states + rest) * completed}
+    completed = COMPLETED_STEPS if on_gpu or states or senses else 0
+    prefetched = {"senses": senses * completed, "batches": rest * prepared + (states + rest) * completed}
     host = _host(cluster, gpu, host_teacher, prefetched, trained)
     return Memory(gpu, host)
 

@@ -43,13 +43,18 @@ def gather_rows(vectors: np.ndarray, row_numbers: Sequence[np.ndarray]) -> tuple
         The rows [R, D] bf16, and for each array of `row_numbers` the indices into these rows, int64 of the same shape,
         padded with -1.
     """
+    used, indices = used_rows(row_numbers)
+    return torch.from_numpy(np.take(vectors, used, axis=0)).view(torch.bfloat16), indices
+
+
+def used_rows(row_numbers: Sequence[np.ndarray]) -> tuple[np.ndarray, list[torch.Tensor]]:
+    """Returns the row numbers [R] that `row_numbers` names, ascending, and the indices of :func:`gather_rows`."""
     flat = np.concatenate([numbers.ravel() for numbers in row_numbers])
     unique, inverse = np.unique(flat, return_inverse=True)
     padding = int(len(unique) > 0 and unique[0] < 0)
     inverse = inverse.reshape(-1) - padding  # if there is a -1, it is the first of `unique`
-    rows = np.asarray(vectors[unique[padding:]])
     pieces = np.split(inverse, np.cumsum([numbers.size for numbers in row_numbers])[:-1])
     indices = [
         torch.from_numpy(piece.reshape(numbers.shape)) for piece, numbers in zip(pieces, row_numbers, strict=True)
     ]
-    return torch.from_numpy(rows).view(torch.bfloat16), indices
+    return unique[padding:], indices

@@ -5,6 +5,7 @@ It relies on parts of the library that its documentation does not promise: `Stre
 its version in pyproject.toml moves.
 """
 
+import struct
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -85,8 +86,8 @@ class ShardDataset(StreamingDataset):
 class _MappedShard(MDSReader):
     """A reader whose samples are views of the mapped file.
 
-    The library's own copies each column four times before a batch has it. That is nearly all of the loader's work if
-    shards hold states.
+    The library's own copies each column four times before a batch has it, and reads a column's encoding from text each
+    time. That is nearly all of the loader's work if shards hold states.
     """
 
     digests = b""  # of the samples, 8 bytes each; none if the index has none
@@ -98,6 +99,9 @@ class _MappedShard(MDSReader):
         more = ("dirname", "split", "raw_data", "samples", "size_limit", "zip_data")
         reader = cls(**{name: getattr(shard, name) for name in (*names, *more)})
         reader._maps = maps
+        # All columns of the shards are arrays of one type and any shape: "ndarray:int32".
+        types = [np.dtype(encoding.removeprefix("ndarray:")) for encoding in shard.column_encodings]
+        reader._types = dict(zip(shard.column_names, types, strict=True))
         reader._path = str(Path(reader.dirname, reader.split, reader.raw_data.basename))
         if reader.zip_data is None:
             reader.digests = bytes.fromhex((reader.raw_data.hashes or {}).get(HASH_OF_SAMPLES, ""))
@@ -110,16 +114,28 @@ class _MappedShard(MDSReader):
             ValueError: if its bytes are not what the index says.
         """
         data, place = self._find(idx)
-        sample = self.decode_sample(data)
-        states = {name: sample[name] for name in (TEACHER_STATES, TRUNK_STATES) if name in sample}
-        if not states:
-            return sample
-        begin = _address(np.frombuffer(data, np.uint8))
-        at = {name: (_address(array) - begin, array.nbytes) for name, array in states.items()}
-        return {**sample, "in_file": replace(place, states=at)}
+        sample: dict[str, Any] = {}
+        states: dict[str, tuple[int, int]] = {}
+        # The sizes of all columns come first, uint32. Each column begins with a byte, which gives the number of its
+        # dimensions and the type of their sizes, and with these sizes.
+        sizes = struct.unpack_from(f"<{len(self._types)}I", data)
+        at = 4 * len(sizes)
+        for (name, dtype), size in zip(self._types.items(), sizes, strict=True):
+            dimensions, kind = divmod(data[at], 4)
+            shape = struct.unpack_from(f"<{dimensions}{'BHIQ'[kind]}", data, at + 1)
+            begin = at + 1 + (dimensions << kind)
+            at += size
+            array = sample[name] = np.ndarray(shape, dtype, data, begin)
+            if begin + array.nbytes != at:
+                raise ValueError(
+                    f"{self.raw_data.basename}: column {name} of sample {idx} has another size than it says"
+                )
+            if name in (TEACHER_STATES, TRUNK_STATES):
+                states[name] = (begin, array.nbytes)
+        return {**sample, "in_file": replace(place, states=states)} if states else sample
 
     def get_sample_data(self, idx: int) -> Any:
-        """Returns the bytes of a sample, as a view; :meth:`decode_sample` then copies nothing either.
+        """Returns the bytes of a sample, as a view.
 
         Raises:
             ValueError: if they are not what the index says.
@@ -135,7 +151,3 @@ class _MappedShard(MDSReader):
         place = SampleInFile(path, size, idx, begin, len(data), self.digests[8 * idx : 8 * (idx + 1)], {})
         place.require_content(data)
         return data, place
-
-
-def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]

@@ -1,7 +1,7 @@
 """Collation of samples into micro-batches: token ids, labels, masks, and the sense dictionary rows they point to.
 
-The loader's workers draw the positions that get a sense term, look up their row numbers only, and add the rows that a
-micro-batch needs to the batch. The training step gathers from those rows or, if the device holds the whole dictionary,
+The loader's workers draw the positions that get a sense term and look up their row numbers only; the rank reads the
+rows that a micro-batch needs. The training step gathers from those rows or, if the device holds the whole dictionary,
 from all rows by their numbers.
 
 Shapes: B samples, T tokens, K = kappa, R rows of the sense dictionary in a batch, D hidden.
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from dskd.senses.dictionary import map_vectors
-from dskd.shards.batches import collate_tokens, gather_rows
+from dskd.shards.batches import collate_tokens, used_rows
 from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS, TEACHER_COLUMNS
 from dskd.training.distribution_candidates import CandidateRows
-from dskd.training.packed_step import RowsInFiles
+from dskd.training.packed_step import RowsInFiles, RowsOfDictionary
 from dskd.training.positions import SensePositions, is_lexical
 
 _LENGTH_MULTIPLE = 8  # of a micro-batch's length: tensor cores are fastest on multiples of 8
@@ -69,8 +69,9 @@ class Collator:
         Each holds the output of :func:`collate_tokens` and, if requested:
 
         `senses`: the arguments of :func:`dskd.losses.sense_distance.sense_loss` or, with `candidates`, of
-        :func:`dskd.losses.sense_distribution.sense_divergence`, with positions into B·T. Without `vectors_path`,
-        `sense_rows` [R, D] is not among them, and indices are row numbers of the dictionary.
+        :func:`dskd.losses.sense_distribution.sense_divergence`, with positions into B·T. `sense_rows` [R, D] is a
+        :class:`dskd.training.packed_step.RowsOfDictionary`. Without `vectors_path`, it is not among them, and indices
+        are row numbers of the dictionary.
 
         `lexical`: [B, T] bool.
 
@@ -83,15 +84,21 @@ class Collator:
             self._vectors = map_vectors(self._vectors_path)
         # Longest first: a batch too large for the device fails at once, and later ones reuse the first one's memory.
         ordered = sorted(samples, key=lambda sample: -_real_length(sample))
+        # One call for the whole step: NumPy takes longer to begin an operation than to compute it for a sample.
+        drawn = [] if self._positions is None else self._positions.draw_each(ordered)
         size = self._micro_batch_size
-        return [self._collate(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+        parts = [slice(start, start + size) for start in range(0, len(ordered), size)]
+        return [self._collate(ordered[part], drawn[part]) for part in parts]
 
-    def _collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _collate(
+        self, samples: Sequence[Mapping[str, Any]], drawn: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> dict[str, Any]:
+        """Returns a micro-batch; `drawn` are its samples' positions with a sense term, if there are any."""
         length = _trimmed_length(samples)
         batch: dict[str, Any] = collate_tokens(samples, length)
         if self._positions is not None:
-            named = _name_rows(samples, length, self._positions, self._candidates)
-            batch["senses"] = _point_to_rows(named, self._vectors)
+            named = _name_rows(samples, length, drawn, self._candidates)
+            batch["senses"] = self._point_to_rows(named)
         if self._lexical:
             batch["lexical"] = torch.from_numpy(np.stack([is_lexical(sample)[:length] for sample in samples]))
         if self._teacher_cache:
@@ -104,6 +111,20 @@ class Collator:
             width = samples[0][name].shape[1]
             batch[name] = RowsInFiles(name, [sample["in_file"] for sample in samples], (length, width), dtype)
         return batch
+
+    def _point_to_rows(self, named: "_RowsByName") -> dict[str, Any]:
+        """Converts to tensors; with vectors, adds the rows used and turns row numbers into indices into those rows."""
+        positions, row_numbers = named
+        rows = {}
+        if self._vectors_path is None or self._vectors is None:
+            indices = [torch.from_numpy(numbers).long() for numbers in row_numbers.values()]
+        else:
+            used, indices = used_rows(list(row_numbers.values()))
+            # This brings the rows into the page cache, so that the rank does not wait for a disk.
+            self._vectors[used, 0], self._vectors[used, -1]
+            rows["sense_rows"] = RowsOfDictionary(self._vectors_path, used, self._vectors.shape[1])
+        at = {name: torch.from_numpy(values) for name, values in positions.items()}
+        return {**rows, **at, **dict(zip(row_numbers, indices, strict=True))}
 
 
 def _real_length(sample: Mapping[str, Any]) -> int:
@@ -124,10 +145,12 @@ _RowsByName = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
 
 def _name_rows(
-    samples: Sequence[Mapping[str, Any]], length: int, rule: SensePositions, candidates: CandidateRows | None
+    samples: Sequence[Mapping[str, Any]],
+    length: int,
+    drawn: Sequence[tuple[np.ndarray, np.ndarray]],
+    candidates: CandidateRows | None,
 ) -> _RowsByName:
     """Returns the inputs of a sense loss: {name: positions into B·T}, and {name: row numbers of the dictionary}."""
-    drawn = [rule.draw(sample, sample["sample_id"], sample["epoch"]) for sample in samples]
     if candidates is not None:
         # The union of both draws, so that the positions do not depend on the kinds of candidates.
         at = [np.union1d(*of_sample) for of_sample in drawn]
@@ -148,15 +171,3 @@ def _name_rows(
 
 def _in_batch(positions: Sequence[np.ndarray], length: int) -> np.ndarray:
     return np.concatenate([of_sample + number * length for number, of_sample in enumerate(positions)])
-
-
-def _point_to_rows(named: _RowsByName, vectors: np.ndarray | None) -> dict[str, torch.Tensor]:
-    """Converts to tensors; with `vectors`, adds the rows used and turns row numbers into indices into those rows."""
-    positions, row_numbers = named
-    rows = {}
-    if vectors is None:
-        indices = [torch.from_numpy(numbers).long() for numbers in row_numbers.values()]
-    else:
-        rows["sense_rows"], indices = gather_rows(vectors, list(row_numbers.values()))
-    at = {name: torch.from_numpy(values) for name, values in positions.items()}
-    return {**rows, **at, **dict(zip(row_numbers, indices, strict=True))}

@@ -4,8 +4,8 @@ A worker process reads all samples of a rank's step, collates them (:class:`dskd
 them as one buffer. A step thus needs one segment of shared memory, one pinned block and one copy to the device,
 regardless of its number of micro-batches and tensors. While a step runs, the next is copied on a separate CUDA stream.
 
-Stored states do not pass through a worker: a thread of the rank copies them from the shard files into the block. A
-worker has compared the sample with its hash before, which also brings it into the page cache.
+Stored states and sense rows do not pass through a worker: a thread of the rank copies them from their files into the
+block. A worker has read them before, which brings them into the page cache; it compared the samples with their hashes.
 """
 
 import functools
@@ -29,8 +29,7 @@ from dskd.distributed import stopping
 from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError, reason_of
 from dskd.random_numbers import derived_seed
-from dskd.shards.sample_files import SampleReader
-from dskd.training.packed_step import Blocks, CudaCopier, PackedStep, StepBatches, copy_ahead
+from dskd.training.packed_step import Blocks, CudaCopier, FileReader, PackedStep, StepBatches, copy_ahead
 from dskd.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -189,11 +188,11 @@ def _steps_in(loader: Iterable[PackedStep | Unreadable | None]) -> Iterator[Pack
 
 
 def _complete_ahead(steps: Iterator[PackedStep], place: str, *, pinned: bool) -> Iterator[PackedStep]:
-    """Yields each step with its states; while it runs, a thread reads those of the next.
+    """Yields each step with its states and sense rows; while it runs, a thread reads those of the next.
 
-    On a GPU (`pinned`), it also copies steps without stored states to page-locked memory.
+    On a GPU (`pinned`), it also copies steps without them to page-locked memory.
     """
-    reader, blocks = SampleReader(), Blocks(pinned=pinned)
+    reader, blocks = FileReader(), Blocks(pinned=pinned)
 
     def complete(step: PackedStep) -> PackedStep:
         try:

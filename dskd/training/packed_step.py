@@ -1,15 +1,17 @@
-"""All samples of a step packed into one buffer, to which the rank adds their states; its copy to the device."""
+"""All samples of a step packed into one buffer, to which the rank adds what it reads itself; its copy to the device."""
 
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from dskd.senses.dictionary import map_vectors
 from dskd.shards.sample_files import SampleInFile, SampleReader
 
 _ALIGNMENT = 16  # bytes; a multiple of every type's size
@@ -54,6 +56,25 @@ class RowsInFiles:
         return (len(self.samples), *self.row_shape)
 
 
+@dataclass(frozen=True)
+class RowsOfDictionary:
+    """A tensor [R, D] bf16 of rows of the sense dictionary that are still in its file."""
+
+    path: Path
+    numbers: np.ndarray  # [R], each a row of the file
+    width: int  # D
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the tensor."""
+        return len(self.numbers), self.width
+
+    def read(self) -> torch.Tensor:
+        """Returns the tensor."""
+        return torch.from_numpy(np.take(map_vectors(self.path), self.numbers, axis=0)).view(self.dtype)
+
+
 class _Place(NamedTuple):
     """The place of a tensor in a buffer of bytes."""
 
@@ -78,6 +99,30 @@ class StatesToRead(NamedTuple):
     columns: dict[str, tuple[int, int]]  # {column: the first byte of its place in the buffer, and the byte after it}
 
 
+class RowsToRead(NamedTuple):
+    """The sense rows that a micro-batch still lacks, and their place in the buffer."""
+
+    rows: RowsOfDictionary
+    start: int
+    stop: int
+
+
+class FileReader:
+    """A reader of what a rank reads itself: states in shard files, and rows of the sense dictionary."""
+
+    def __init__(self) -> None:
+        self.samples = SampleReader()
+        self._vectors: dict[Path, np.ndarray] = {}
+
+    def read_rows(self, rows: RowsOfDictionary, target: np.ndarray) -> None:
+        """Copies the rows into `target`, bytes [n] uint8."""
+        if rows.path not in self._vectors:
+            self._vectors[rows.path] = np.asarray(map_vectors(rows.path))
+        vectors = self._vectors[rows.path]
+        # With "raise", NumPy would make a copy first. The worker has read these rows, so they exist.
+        np.take(vectors, rows.numbers, axis=0, out=target.view(vectors.dtype).reshape(rows.shape), mode="clip")
+
+
 @dataclass(frozen=True)
 class PackedStep:
     """A :class:`StepBatches` whose tensors share one buffer."""
@@ -86,12 +131,16 @@ class PackedStep:
     layout: list[dict[str, Any]]  # the micro-batches, with a `_Place` instead of each tensor
     sample_ids: list[list[int]]  # of each micro-batch
     counts: Counts
-    to_read: list[StatesToRead]  # the states that still have to be read; their places are after the buffer's end
-    num_bytes: int  # of the buffer with these states
+    # What still has to be read; the places are after the buffer's end.
+    to_read: list[StatesToRead | RowsToRead]
+    num_bytes: int  # of the buffer with all that has to be read
 
     @classmethod
     def of(cls, micro_batches: list[dict[str, Any]]) -> "PackedStep":
-        """Packs micro-batches of tensors and :class:`RowsInFiles`; a loader's worker packs them into shared memory."""
+        """Packs micro-batches of tensors, :class:`RowsInFiles` and :class:`RowsOfDictionary`.
+
+        A loader's worker packs the tensors into shared memory.
+        """
         pieces: list[tuple[_Place, torch.Tensor]] = []
         size = 0
 
@@ -109,17 +158,21 @@ class PackedStep:
         buffer = _empty_buffer(size)
         for where, value in pieces:
             where.view_of(buffer).copy_(value)
-        # The places of states come last, so the buffer that a worker sends need not have them.
-        to_read = []
+        # The places of states and sense rows come last, so the buffer that a worker sends need not have them.
+        to_read: list[StatesToRead | RowsToRead] = []
         for batch, places in zip(micro_batches, layout, strict=True):
             rows = {name: value for name, value in batch.items() if isinstance(value, RowsInFiles)}
             places.update({name: place(value) for name, value in rows.items()})
             to_read += _states_to_read(rows, places)
+            for name, value in batch.get("senses", {}).items():
+                if isinstance(value, RowsOfDictionary):
+                    where = places["senses"][name] = place(value)
+                    to_read.append(RowsToRead(value, where.start, where.stop))
         sample_ids = [batch[_ON_HOST].tolist() for batch in micro_batches]
         return cls(buffer, layout, sample_ids, count_positions(micro_batches), to_read, size)
 
-    def complete(self, reader: SampleReader, blocks: "Blocks") -> "PackedStep":
-        """Returns the step in a block that has its states, too; `reader` reads them.
+    def complete(self, reader: FileReader, blocks: "Blocks") -> "PackedStep":
+        """Returns the step in a block that has its states and sense rows, too; `reader` reads them.
 
         Raises:
             ValueError: if a sample has changed; the message names it.
@@ -128,8 +181,12 @@ class PackedStep:
         buffer = blocks.take(self.num_bytes)
         buffer[: len(self.buffer)].copy_(self.buffer)
         content = buffer.numpy()
-        for sample, columns in self.to_read:
-            reader.read_states(sample, {name: content[start:stop] for name, (start, stop) in columns.items()})
+        for part in self.to_read:
+            if isinstance(part, RowsToRead):
+                reader.read_rows(part.rows, content[part.start : part.stop])
+                continue
+            targets = {name: content[start:stop] for name, (start, stop) in part.columns.items()}
+            reader.samples.read_states(part.sample, targets)
         return replace(self, buffer=buffer, to_read=[])
 
     def unpack(self, sense_bank: torch.Tensor | None = None) -> StepBatches:
@@ -177,7 +234,7 @@ class Blocks:
 
 
 def _is_left_out(name: str, value: Any) -> bool:
-    return name == _ON_HOST or isinstance(value, RowsInFiles)
+    return name == _ON_HOST or isinstance(value, RowsInFiles | RowsOfDictionary)
 
 
 def _states_to_read(rows: Mapping[str, RowsInFiles], places: Mapping[str, _Place]) -> list[StatesToRead]:

@@ -1,7 +1,8 @@
 """The choice of a sample's positions that get a sense term (docs/method.md, section 4)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,18 +38,39 @@ class SensePositions:
         `min_relations` of them, or all if there are fewer. The own term gets the same number of the positions whose
         target has senses, or all if there are fewer.
         """
-        counts = sample["loss_mask"].astype(bool)
-        lexical = np.flatnonzero(counts & is_lexical(sample))
-        own = np.flatnonzero(counts & (sample[OWN_ROWS][:, 0] >= 0))
-        count = self.number(len(lexical))
-        return (
-            self._first(lexical, count, sample_id, epoch, _RELATION_DRAW),
-            self._first(own, count, sample_id, epoch, _OWN_DRAW),
-        )
+        (drawn,) = self.draw_each([{**sample, "sample_id": sample_id, "epoch": epoch}])
+        return drawn
 
-    def _first(self, positions: np.ndarray, count: int, sample_id: int, epoch: int, draw: int) -> np.ndarray:
-        priorities = random_bits(self.seed, draw, epoch, sample_id, torch.from_numpy(positions)).numpy()
-        return np.sort(positions[np.argsort(priorities, kind="stable")[:count]])
+    def draw_each(self, samples: Sequence[Mapping[str, Any]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Draws the positions of samples of equal length; :meth:`draw` does it for one."""
+        counted = np.stack([sample["loss_mask"] for sample in samples]).astype(bool)
+        lexical = counted & np.stack([is_lexical(sample) for sample in samples])
+        own = counted & (np.stack([sample[OWN_ROWS][:, 0] for sample in samples]) >= 0)
+        numbers = [self.number(count) for count in lexical.sum(1).tolist()]
+        of_samples = [torch.tensor([[int(sample[name])] for sample in samples]) for name in ("epoch", "sample_id")]
+        positions = torch.arange(counted.shape[1])
+        columns = [
+            [
+                _lowest(np.flatnonzero(candidates), priorities, number)
+                for candidates, priorities, number in zip(
+                    of_draw, random_bits(self.seed, draw, *of_samples, positions).numpy(), numbers, strict=True
+                )
+            ]
+            for draw, of_draw in ((_RELATION_DRAW, lexical), (_OWN_DRAW, own))
+        ]
+        return list(zip(*columns, strict=True))
+
+
+def _lowest(positions: np.ndarray, priorities: np.ndarray, count: int) -> np.ndarray:
+    """Returns the `count` of ascending `positions` whose `priorities` [T] are lowest; of equal ones, the first."""
+    if count >= len(positions):
+        return positions
+    of_positions = priorities[positions]
+    highest = np.partition(of_positions, count)[count]  # of those that are left out, the lowest
+    lower = positions[of_positions < highest]
+    if len(lower) == count:
+        return lower
+    return np.sort(positions[np.argsort(of_positions, kind="stable")[:count]])
 
 
 def is_lexical(sample: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -31,7 +31,7 @@ def test_a_batch_points_at_the_rows_of_its_samples(tmp_path):
         assert len(senses[positions])
         for position, places in zip(senses[positions].tolist(), senses[index].tolist(), strict=True):
             expected = samples[position // T][column][position % T]
-            found = [-1 if place < 0 else int(senses["sense_rows"][place, 0]) for place in places]
+            found = [-1 if place < 0 else int(senses["sense_rows"].read()[place, 0]) for place in places]
             assert found == expected.tolist()
 
 
@@ -79,7 +79,7 @@ def test_a_step_sums_up_the_same_in_any_micro_batches(tmp_path):
             places = batch.get("position_ids", torch.arange(length).expand_as(ids))
             found["tokens"] += int(((places + 1) * (7 * ids + labels) ** 2)[batch["loss_mask"]].sum())
             senses = batch["senses"]
-            row_number = torch.cat([senses["sense_rows"][:, 0].long(), torch.tensor([-1])])  # index -1 is no row
+            row_number = torch.cat([senses["sense_rows"].read()[:, 0].long(), torch.tensor([-1])])  # index -1 is no row
             for name, indices in (
                 ("relation_positions", ("synonym_rows", "antonym_rows")),
                 ("own_positions", ("own_rows",)),
@@ -106,7 +106,7 @@ def test_batches_hold_row_numbers_if_the_device_holds_all_rows(tmp_path):
             assert row_numbers.dtype == torch.int64
             assert (named < 0).equal(row_numbers < 0)
             exists = named >= 0
-            assert host["senses"]["sense_rows"][named[exists]].equal(bank[row_numbers[exists]])
+            assert host["senses"]["sense_rows"].read()[named[exists]].equal(bank[row_numbers[exists]])
 
 
 def test_batches_hold_the_teachers_distributions_only_if_requested():

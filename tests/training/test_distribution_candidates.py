@@ -67,7 +67,7 @@ def test_a_position_has_each_of_its_rows_once_in_any_micro_batches(tmp_path, kin
         found = {}
         for batch in Collator(path, rule, micro_batch_size=size, candidates=candidates)(samples):
             senses, length = batch["senses"], batch["input_ids"].shape[1]
-            numbers = torch.arange(ROWS) if path is None else senses["sense_rows"][:, 0].long()
+            numbers = torch.arange(ROWS) if path is None else senses["sense_rows"].read()[:, 0].long()
             assert batch["loss_mask"].flatten()[senses["positions"]].all()
             for position, places in zip(senses["positions"].tolist(), senses["candidate_rows"].tolist(), strict=True):
                 rows = [int(numbers[place]) for place in places if place >= 0]

@@ -4,7 +4,7 @@ import torch
 from shard_samples import T, make_sample
 
 from dskd.random_numbers import random_bits
-from dskd.training.positions import SensePositions
+from dskd.training.positions import SensePositions, _lowest
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,26 @@ def test_every_lexical_position_is_drawn_equally_often():
 
 def test_priorities_of_positions_do_not_repeat():
     assert len(random_bits(0, 0, 0, 1, torch.arange(1000)).unique()) == 1000
+
+
+@pytest.mark.parametrize(("share", "minimum"), [(0.5, 0), (0.3, 4), (0.0, 0), (1.0, 0)])
+def test_the_positions_of_each_sample_are_those_with_the_lowest_priorities(share, minimum):
+    samples = [{**make_sample(number), "sample_id": 7 * number + 1, "epoch": number} for number in range(4)]
+    rule = SensePositions(3, share, minimum)
+    for sample, drawn in zip(samples, rule.draw_each(samples), strict=True):
+        counted = sample["loss_mask"].astype(bool)
+        relation = (sample["synonym_ids"][:, 0] >= 0) | (sample["antonym_ids"][:, 0] >= 0)
+        number = rule.number(int((counted & relation).sum()))
+        for draw, (mask, found) in enumerate(zip((relation, sample["sense_ids"][:, 0] >= 0), drawn, strict=True)):
+            priority = {
+                int(position): int(random_bits(3, draw, sample["epoch"], sample["sample_id"], int(position)))
+                for position in np.flatnonzero(counted & mask)
+            }
+            assert found.tolist() == sorted(sorted(priority, key=priority.__getitem__)[:number])
+
+
+def test_of_equal_priorities_the_first_positions_are_drawn():
+    priorities = np.array([9, 5, 0, 5, 1, 5, 5])
+    positions = np.array([0, 1, 3, 4, 5, 6])
+    drawn = [_lowest(positions, priorities, count).tolist() for count in range(7)]
+    assert drawn == [[], [4], [1, 4], [1, 3, 4], [1, 3, 4, 5], [1, 3, 4, 5, 6], [0, 1, 3, 4, 5, 6]]
