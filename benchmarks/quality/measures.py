@@ -81,7 +81,7 @@ def is_at_chance(measures: Mapping[str, float], name: str) -> bool:
     """
     kind = name.removesuffix("_norm").removesuffix("_states")
     count = measures.get(f"{kind}_n")
-    if count is None or name not in measures:
+    if not count or name not in measures:
         return False
     chance = measures.get(f"{kind}_chance", 0.5)
     # The area under the curve, of as many antonyms as synonyms, has the variance 1/(3n) at chance.

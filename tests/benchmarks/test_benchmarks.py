@@ -15,7 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import Shape, step_flops
 from benchmarks.published import Lexicon, logit_losses, sense_loss
-from benchmarks.report import PeakMemory, Spread, build_parser, machine, publish, ratios, run_child, take_turns
+from benchmarks.report import (
+    PeakMemory,
+    Spread,
+    build_parser,
+    machine,
+    parse_result,
+    publish,
+    ratios,
+    run_child,
+    take_turns,
+)
 from benchmarks.synthetic import draw_annotation, draw_tokens, llama_config, write_dictionary
 from benchmarks.workload import Preset, build_loss, write_work_directory
 from dskd.config import LossConfig
@@ -191,3 +201,11 @@ def test_the_step_benchmark_trains_and_reports_its_measurements(tmp_path):
     assert 0 < use["data_wait_share"] < 1
     expected = [sum(step_flops(shape, shared_trunk=shared).values()) for shared in (True, False)]
     assert results["trunk"]["flops_ratio"] == pytest.approx(expected[0] / expected[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["whole logits", "dskd"])
+def test_the_memory_of_a_loss_is_measured(side):
+    arguments = ["--vocab-size=512", "--hidden-size=64", "--dtype=bfloat16", "--child", side, "64"]
+    finished = finish(fork_ranks(run_main, "benchmarks.loss_memory", arguments))
+    assert parse_result(arguments, 0, finished.output) >= 0

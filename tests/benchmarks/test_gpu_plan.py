@@ -185,9 +185,9 @@ def test_ways_to_run_the_teacher_are_compared_and_one_that_is_missing_is_named(t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [["work", "loss_memory"], pytest.param([], marks=_ONLY_IF_ASKED)])
+@pytest.mark.parametrize("names", [["work"], pytest.param([], marks=_ONLY_IF_ASKED)])
 def test_the_plan_runs_with_tiny_shapes(tmp_path, monkeypatch, names):
-    """Its sections are programs of their own."""
+    """Its sections are programs of their own; tests/benchmarks/test_benchmarks.py runs two others."""
     chosen = [section for section in SECTIONS if not names or section.name in names]
     for name in ("MASTER_ADDR", "MASTER_PORT"):  # of this process
         monkeypatch.delenv(name, raising=False)

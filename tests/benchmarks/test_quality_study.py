@@ -535,6 +535,7 @@ def test_a_measure_is_at_chance_below_two_standard_errors_above_it():
     assert is_at_chance(counted | {"opposites": 0.55}, "opposites")  # .026
     assert not is_at_chance(counted | {"opposites_states": 0.56}, "opposites_states")
     assert not is_at_chance({"kl": 0.0, "preference": 0.5}, "preference")
+    assert not is_at_chance({"preference": float("nan"), "preference_n": 0}, "preference")
 
 
 class _Rows:
