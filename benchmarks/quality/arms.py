@@ -187,6 +187,8 @@ GROUPS: Mapping[str, tuple[Arm, ...]] = {
         *_cut("importance", "without the block that changes states least", {"keep": "importance"}),
         *_cut("norm", "the final norm trained, too", {"train_norm": True}),
         *_cut("3 layers", "three layers trained", {"train_layers": 3}),
+        *_cut("4 layers", "four layers trained", {"train_layers": 4}),
+        *_cut("6 layers", "six layers trained", {"train_layers": 6}),
         *_cut("importance, 3 layers", "the same of that cut", {"keep": "importance", "train_layers": 3}),
         *_cut("head", "the output matrix trained, too", {"train_head": True}, (1e-3, 2e-3)),
         *_cut("all layers", "all layers trained", {"train_layers": 15}, (1e-3, 2e-3)),
