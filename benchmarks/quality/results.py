@@ -86,7 +86,7 @@ class Result:
 def read_results(path: Path) -> list[Result]:
     """Returns the results so far, or [] if there is no file.
 
-    A last line without a line break was left by an interruption and is ignored.
+    A last line that was cut off by an interruption is ignored.
 
     Raises:
         UserError: when the file cannot be read, or a line is not a result of the study.
@@ -94,9 +94,11 @@ def read_results(path: Path) -> list[Result]:
     if not path.exists():
         return []
     try:
-        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+        *lines, last = path.read_text(encoding="utf-8").split("\n")
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: this is no file of results ({error})") from None
+    if _is_whole(last):
+        lines.append(last)
     results: dict[tuple[Any, ...], Result] = {}
     for number, line in enumerate(lines, start=1):
         try:
@@ -110,6 +112,15 @@ def read_results(path: Path) -> list[Result]:
             result = replace(result, measures=measures, judges=judges)
         results[key] = result  # a training that is there twice counts once
     return list(results.values())
+
+
+def _is_whole(line: str | bytes) -> bool:
+    """Returns True for JSON, False for the beginning of it and for nothing."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def require_same_source(results: Iterable[Result], path: Path, text: str, source: Mapping[str, Any]) -> None:
@@ -142,13 +153,17 @@ def require_same_judges(results: Iterable[Result], path: Path, text: str, judges
 
 
 def append_result(path: Path, result: Result) -> None:
-    """Appends a result after the last complete line. Other processes may do the same at the same time."""
+    """Appends a result, in the place of a line that was cut off. Other processes may do this at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as stream:
         fcntl.lockf(stream, fcntl.LOCK_EX)
         stream.seek(0)
-        whole = stream.read().rfind(b"\n") + 1
-        stream.truncate(whole)
+        before = stream.read()
+        whole = before.rfind(b"\n") + 1
+        if _is_whole(before[whole:]):
+            stream.write(b"\n")
+        else:
+            stream.truncate(whole)
         stream.write(result.to_json().encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
@@ -197,17 +212,17 @@ def results_by_arm(results: Sequence[Result], text: str, names: Collection[str] 
     are.
     """
     chosen = chosen_values(results, text)
-    tested = {arm: arm.settings(chosen, chosen[arm.name]) for arm in ARMS if arm.tested and arm.name in chosen}
+    tested = {arm.name: arm.settings(chosen, chosen[arm.name]) for arm in ARMS if arm.tested and arm.name in chosen}
 
-    def arms_of(result: Result) -> Iterable[Arm]:
+    def arms_of(result: Result) -> list[str]:
         if result.stage == "look":
             looked_at = (arm for arm in ARMS if arm.tested or arm.name in (result.arm, *names))
-            return [arm for arm in looked_at if arm.look_settings() == result.settings]
+            return [arm.name for arm in looked_at if arm.look_settings() == result.settings]
         found = tested.items()
         if result.stage == "length":
             tokens = result.source["tokens"]
-            found = {arm: settings_of_length(now, result.length, tokens) for arm, now in found}.items()
-        return [arm for arm, settings in found if settings == result.settings]
+            found = {name: settings_of_length(now, result.length, tokens) for name, now in found}.items()
+        return [name for name, settings in found if settings == result.settings]
 
     named = []
     for result in results:
@@ -215,5 +230,5 @@ def results_by_arm(results: Sequence[Result], text: str, names: Collection[str] 
             if result.stage == "tune" or not result.is_of_training:
                 named.append(result)
             else:
-                named += [replace(result, arm=arm.name) for arm in arms_of(result)]
+                named += [replace(result, arm=name) for name in arms_of(result)]
     return named

@@ -40,6 +40,7 @@ from dskd.artifacts.lock import lock_if_free
 from dskd.config import Config
 from dskd.console import say
 from dskd.errors import UserError
+from dskd.lexicon.relations import load_lexicon
 from dskd.senses.dictionary import load_dictionary, map_vectors
 
 DIVERGED = dict.fromkeys(BY_TEXT, math.nan) | {"kl": math.inf}  # measures of a training that diverged
@@ -178,7 +179,8 @@ class Runner:
         self._judges: dict[str, Pairs | Questions] = {}
         self._files: dict[str, str] = {}
         if pairs:
-            self._judges["pairs"] = Pairs.read(pairs, self._teacher)
+            known = {frozenset((relation.head, relation.tail)) for relation in load_lexicon(config)}
+            self._judges["pairs"] = Pairs.read(pairs, self._teacher, known)
             self._files["pairs"] = ", ".join(file.name for file in pairs)
         for benchmark, folder in map(folder_of, questions):
             self._judges[benchmark] = Questions.read(benchmark, str(folder), self._teacher)
