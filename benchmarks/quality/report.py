@@ -125,6 +125,7 @@ def _tried(results: Sequence[Result]) -> str:
     by_settings = {result.settings: result for result in tuned}
     text = results[0].text
     chosen: dict[str, Any] = {}
+    named: set[str] = set()
     rows = []
     for arm in ARMS:
         if arm.based_on is not None and arm.based_on not in chosen:
@@ -135,7 +136,8 @@ def _tried(results: Sequence[Result]) -> str:
             if result is not None:
                 shown = "" if arm.tuned is None else f"{arm.tuned} {value}"
                 mark = " (chosen)" if arm.tuned is not None and best is not None and value == best else ""
-                label = arm.name if value == arm.values(chosen)[0] else ""
+                label = "" if arm.name in named else arm.name
+                named.add(arm.name)
                 rows.append(
                     [label, shown + mark, str(result.steps), f"{result.cpu_seconds:.0f}", *_values(result, names)]
                 )

@@ -814,6 +814,11 @@ def test_a_report_of_values_that_are_not_defined_or_diverged_says_so():
     assert "Teacher: llama." in report and "30 in the test part" in report
 
 
+def test_every_arm_that_was_tried_is_named_even_if_its_first_value_is_missing():
+    report = render([_result(BY_NAME["batch"].settings({}, 4))])
+    assert "| batch | batch_size 4 |" in report
+
+
 def test_places_of_benchmarks_and_overrides_may_follow_each_other():
     words = ["piqa=/data/piqa", "workdir=work/x", "corpus.source=files", "pica=/data"]
     assert split_places(words) == (["piqa=/data/piqa", "pica=/data"], ["workdir=work/x", "corpus.source=files"])
