@@ -61,7 +61,7 @@ def machine() -> dict[str, Any]:
     is_cuda = device.type == "cuda"
     return {
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if is_cuda else _processor(),
+        "device": torch.cuda.get_device_name() if is_cuda else processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),  # over the last minute; 0 on an idle machine
@@ -282,7 +282,8 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Returns the name of the machine's processor."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()

@@ -7,6 +7,7 @@ The folder is the study's work directory: it gets the text that the teacher writ
 same command continues there. `python -m benchmarks.quality` has all of the study.
 """
 
+import json
 import statistics
 import sys
 import time
@@ -15,8 +16,8 @@ from pathlib import Path
 
 from benchmarks.quality.__main__ import CONFIG
 from benchmarks.quality.arms import LOOK_SEEDS
-from benchmarks.quality.results import Result, read_results
-from benchmarks.quality.trainings import Runner
+from benchmarks.quality.results import Result, read_results, results_by_arm
+from benchmarks.quality.trainings import Runner, require_arms
 from benchmarks.report import build_parser, default_device, machine, parse, publish
 from dskd.artifacts.lock import release_lock
 from dskd.config.reading import load_config
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--toy", action="store_true", help="try it with tiny sizes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of study.yaml")
     args = parse(parser, arguments)
+    require_arms(args.arms)
     device, at_start, started = default_device().type, machine(), time.perf_counter()
     file = CONFIG.with_name("toy.yaml") if args.toy else CONFIG
     overrides = [f"workdir={args.folder}", *(() if args.toy else _SIZES), *args.overrides]
@@ -44,12 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     release_lock(config.path(LOCK))  # the pipeline holds it until this process ends
     prepared = time.perf_counter() - started
     path = args.folder / "results.jsonl"
-    runner = Runner(config, "gpu" if device == "cuda" else "cpu", path, device=device)
+    name = "gpu" if device == "cuda" else "cpu"
+    runner = Runner(config, name, path, device=device)
     runner.run(args.arms, _SEEDS, float("inf"), looks=True)
-    results = [result for result in read_results(path) if result.stage == "look"]
-    rows = [_row(name, [result for result in results if result.arm == name]) for name in args.arms]
+    results = [
+        result
+        for result in results_by_arm(read_results(path), name, args.arms)
+        if result.stage == "look" and result.seed in _SEEDS and result.arm in args.arms
+    ]
+    rows = [_row(arm, [result for result in results if result.arm == arm]) for arm in args.arms]
     header = ("arm", "seeds", "steps", "tokens", "seconds", *(name.replace("_", " ") for name in _MEASURES))
-    found = {"prepared_s": prepared, "results": [dict(result.measures) | {"arm": result.arm} for result in results]}
+    found = {"prepared_s": prepared, "results": [json.loads(result.to_json()) for result in results]}
     publish(args, "benchmarks.study", header, rows, found, at_start)
 
 

@@ -5,21 +5,26 @@ minutes, in plain torch, with the loss of `dskd`. The arms are in arms.py, the m
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from dskd.cli.program import run
+from dskd.cli.program import parse, run, split_overrides
 from dskd.errors import UserError
 
 EPILOG = """
 examples:
   python -m benchmarks.quality                                     all of it; the same command resumes
   python -m benchmarks.quality --arms senses divergence            these arms and those that they build on
-  python -m benchmarks.quality --looks                             three seeds of every arm, untuned: leads, in an hour
-  python -m benchmarks.quality --arms kd senses --length 262144 1048576
-                                                                   tuned arms on 0.25 and 1 million tokens
+  python -m benchmarks.quality --looks                             three seeds of every arm, untuned: leads, in about
+                                                                   2.5 CPU hours
+  python -m benchmarks.quality --arms kd senses --length 8192 16384
+                                                                   tuned arms on a quarter and half of the text
   python -m benchmarks.quality --seeds --minutes 30                tuning alone; starts no training after half an hour
-  python -m benchmarks.quality --name handbook workdir=work/handbook corpus.source=files 'corpus.train=[handbook/*.txt]'
-                                                                   on a text of your own
+  python -m benchmarks.quality --name handbook --config handbook.yaml
+                                                                   on a text of your own: a copy of study.yaml with
+                                                                   another workdir and corpus: {source: files, train:
+                                                                   [handbook/*.txt], sequence_length: 128,
+                                                                   validation_share: 0.2}
   python -m benchmarks.quality --report                            README.md from the results
 
 On a CPU one thread is nearly as fast as two at this size: OMP_NUM_THREADS=1. The same command may run several times at
@@ -38,7 +43,7 @@ def main() -> int:
     )
     parser.add_argument("--config", type=Path, default=CONFIG, help="teacher and text; default: study.yaml")
     parser.add_argument("--name", default="written", help="name of the text in the results; default: written")
-    parser.add_argument("--arms", nargs="+", default=(), metavar="NAME", help="train only these; default: all")
+    parser.add_argument("--arms", nargs="+", default=[], metavar="NAME", help="train only these; default: all")
     parser.add_argument(
         "--seeds", nargs="*", type=int, metavar="SEED", help="of the test or the looks; default: 0 to 4, or 100 to 102"
     )
@@ -49,13 +54,14 @@ def main() -> int:
         type=int,
         default=(),
         metavar="TOKENS",
-        help="train arms with their chosen values on these numbers of tokens, and test them",
+        help="train arms with their chosen values on these numbers of tokens, and test them; more than the text has "
+        "are several epochs of it",
     )
-    parser.add_argument("--pairs", nargs="*", type=Path, default=(), metavar="FILE", help="pairs of AntSynNET")
+    parser.add_argument("--pairs", nargs="*", default=[], metavar="FILE", help="pairs of AntSynNET")
     parser.add_argument(
         "--questions",
         nargs="*",
-        default=(),
+        default=[],
         metavar="BENCHMARK=FOLDER",
         help="arc_easy, arc_challenge, piqa, commonsense_qa, each with the folder of its files as published",
     )
@@ -66,7 +72,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after this many minutes")
     parser.add_argument("--report", action="store_true", help="train nothing: write README.md from the results")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
-    args = parser.parse_args()
+    args = parse(parser, "arms", "pairs")
 
     def action() -> int:
         from benchmarks.quality.results import read_results
@@ -82,20 +88,41 @@ def main() -> int:
             return 0
         # Imported late, so that --help does not wait for torch.
         from benchmarks.quality.arms import LOOK_SEEDS, TEST_SEEDS
-        from benchmarks.quality.trainings import Runner
+        from benchmarks.quality.pairs import read_pairs
+        from benchmarks.quality.questions import folder_of
+        from benchmarks.quality.trainings import Runner, require_arms
         from dskd.artifacts.lock import release_lock
         from dskd.config.reading import load_config
         from dskd.pipeline import LOCK, run_pipeline
 
-        run_pipeline(args.config, args.overrides, until="shards")
-        config = load_config(args.config, args.overrides)
+        # What is wrong with the arguments is said before the pipeline takes its time.
+        questions, overrides = split_places(args.questions)
+        overrides = [*args.overrides, *overrides]
+        config = load_config(args.config, overrides)
+        require_arms(args.arms)
+        pairs = [Path(file).expanduser() for file in args.pairs]
+        read_pairs(pairs)
+        for place in questions:
+            folder_of(place)
+        read_results(args.results)
+        run_pipeline(args.config, overrides, until="shards")
         release_lock(config.path(LOCK))  # the pipeline holds it until this process ends
-        runner = Runner(config, args.name, args.results, args.pairs, args.questions, args.device)
+        runner = Runner(config, args.name, args.results, pairs, questions, args.device)
         seeds = args.seeds if args.seeds is not None else LOOK_SEEDS if args.looks else TEST_SEEDS
         runner.run(args.arms, seeds, args.minutes * 60, looks=args.looks, lengths=args.length)
         return 0
 
     return run(action)
+
+
+def split_places(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the places of benchmarks after `--questions`, and the overrides of the config that follow them."""
+    from dskd.config import Config
+
+    overrides, _ = split_overrides(
+        [word for word in words if word.partition("=")[0].partition(".")[0] in Config.model_fields]
+    )
+    return [word for word in words if word not in overrides], overrides
 
 
 if __name__ == "__main__":

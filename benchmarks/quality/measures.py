@@ -9,12 +9,14 @@
 | choice | share of positions with related words where the target is the most probable of it and these |
 | preference | share of positions with both kinds of related words where the synonyms are more probable in the mean |
 
-Outside judges: `opposites` and `opposites_states` tell antonyms from synonyms (:mod:`benchmarks.quality.pairs`), and
-the names of benchmarks are accuracies on their questions (:mod:`benchmarks.quality.questions`).
+Outside judges: `opposites`, `opposites_new` and `opposites_states` tell antonyms from synonyms
+(:mod:`benchmarks.quality.pairs`), and the names of benchmarks are accuracies on their questions
+(:mod:`benchmarks.quality.questions`).
 
 Related words are tokens of the vocabulary. Shapes: N positions, V vocabulary, D hidden.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -25,10 +27,16 @@ from benchmarks.quality.questions import QUESTIONS
 from benchmarks.quality.text import Text, Words
 
 BY_TEXT = ("kl", "agreement", "perplexity", "lexical_perplexity", "choice", "preference")
-OUTSIDE = ("opposites", "opposites_states", *(f"{name}{kind}" for name in QUESTIONS for kind in ("", "_norm")))
+OUTSIDE = (
+    "opposites",
+    "opposites_new",
+    "opposites_states",
+    *(f"{name}{kind}" for name in QUESTIONS for kind in ("", "_norm")),
+)
 MEASURES = (*BY_TEXT, *OUTSIDE)
 DIGITS = {"kl": 4, "agreement": 4, "perplexity": 1, "lexical_perplexity": 0, "choice": 4, "preference": 4}
 DIGITS |= dict.fromkeys(OUTSIDE, 3)
+_AGAINST_UNTRAINED = ("choice", "preference")
 _CHUNK = 128
 
 
@@ -68,24 +76,29 @@ def measure(
         "perplexity": float(torch.tensor(means["nll"]).exp()),
         "lexical_perplexity": float(torch.tensor(means["lexical_nll"]).exp()),
         "choice": means["choice"],
+        "choice_n": int(found["choice"].isfinite().sum()),
         "preference": means["preference"],
         "preference_n": int(found["preference"].isfinite().sum()),
     }
 
 
-def is_at_chance(measures: Mapping[str, float], name: str) -> bool:
+def is_at_chance(measures: Mapping[str, float], name: str, untrained: Mapping[str, float] | None = None) -> bool:
     """Returns True if the teacher, with these measures, is less than two standard errors above chance on one of them.
 
-    Such a measure says nothing about what a student learned from the teacher. It is not known of measures without a
-    count, and of those that are no shares.
+    Such a measure says nothing about what a student learned from the teacher. Chance at `choice` and `preference` is
+    the score of the `untrained` student, which can be above one half without any knowledge of the text. It is not known
+    of measures without a count, and of those that are no shares.
     """
     kind = name.removesuffix("_norm").removesuffix("_states")
     count = measures.get(f"{kind}_n")
-    if not count or name not in measures:
+    if not count or not math.isfinite(measures.get(name, math.nan)):
         return False
-    chance = measures.get(f"{kind}_chance", 0.5)
+    if name in _AGAINST_UNTRAINED:
+        chance = math.nan if untrained is None else untrained[name]
+    else:
+        chance = measures.get(f"{kind}_chance", 0.5)
     # The area under the curve, of as many antonyms as synonyms, has the variance 1/(3n) at chance.
-    variance = 1 / (3 * count) if kind == "opposites" else chance * (1 - chance) / count
+    variance = 1 / (3 * count) if kind.startswith("opposites") else chance * (1 - chance) / count
     return measures[name] - chance < 2 * variance**0.5
 
 

@@ -1,20 +1,21 @@
 """A judge from outside: whether a model tells antonyms from synonyms.
 
 Reads pairs of words as AntSynNET has them, one a line: two words and 1 for antonyms or 0 for synonyms, tabs between.
-Only pairs whose second word is one token count. Both measures are areas under the ROC curve of a pair's score:
+Only pairs whose second word is one token count. The measures are areas under the ROC curve of a pair's score:
 
 | measure | score |
 |---|---|
 | opposites | log p(word after "The opposite of OTHER is") - log p(word after "Another word for OTHER is") |
+| opposites_new | the same, of the pairs alone that the study's own lexicon does not have |
 | opposites_states | one minus the cosine of the last hidden states after "The word is WORD" and "The word is OTHER" |
 
 Shapes: n pairs, T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -27,51 +28,88 @@ _STATE_FRAME = "The word is {}"
 _MOST = 500  # pairs: the standard error of the area is then about .02
 
 
+class Pair(NamedTuple):
+    """Two words."""
+
+    one: str
+    other: str
+    are_antonyms: bool
+
+
+def read_pairs(files: Sequence[Path]) -> list[Pair]:
+    """Reads files of pairs.
+
+    Raises:
+        UserError: when a file cannot be read, or a line is no pair.
+    """
+    found = []
+    for file in files:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--pairs {file}: this is no file of pairs ({error})") from None
+        for number, line in enumerate(lines, start=1):
+            match line.split("\t"):
+                case [one, other, "0" | "1" as label]:
+                    found.append(Pair(one, other, label == "1"))
+                case _:
+                    raise UserError(f"--pairs {file}:{number}: this line is no pair of words with 0 or 1: {line!r}")
+    return found
+
+
 @dataclass
 class Pairs:
     """Pairs of words in sentences."""
 
-    measures: ClassVar[tuple[str, ...]] = ("opposites", "opposites_states")
     # Padded at the end: all pairs in the first frame, then in the second; all first words, then all second ones.
     input_ids: torch.Tensor  # [4 n, T] int64
     last: torch.Tensor  # [4 n], the position of each sentence's last token
     words: torch.Tensor  # [n], the tokens that complete them
     are_antonyms: torch.Tensor  # [n] bool
+    are_new: torch.Tensor  # [n] bool: not in the study's own lexicon
 
     @classmethod
-    def read(cls, files: Sequence[Path], teacher: Teacher) -> "Pairs":
+    def read(cls, files: Sequence[Path], teacher: Teacher, known: Collection[frozenset[str]]) -> "Pairs":
         """Reads files of pairs; of all pairs that can be used, those at even distances count.
+
+        Args:
+            files: the files.
+            teacher: the teacher, for its tokenizer.
+            known: the pairs of words that the study's own lexicon has.
 
         Raises:
             UserError: when a line is no pair, or hardly a pair can be used.
         """
-        frames, words, labels = [], [], []
-        for file in files:
-            try:
-                lines = file.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"--pairs {file}: this is no file of pairs ({error})") from None
-            for number, line in enumerate(lines, start=1):
-                match line.split("\t"):
-                    case [one, other, "0" | "1" as label]:
-                        word = teacher.tokenizer.encode(f" {other}", add_special_tokens=False)
-                        if len(word) == 1:
-                            texts = [frame.format(one) for frame in _FRAMES]
-                            texts += [_STATE_FRAME.format(each) for each in (one, other)]
-                            frames.append([teacher.tokenizer.encode(text) for text in texts])
-                            words.append(word[0])
-                            labels.append(label == "1")
-                    case _:
-                        raise UserError(f"--pairs {file}:{number}: this line is no pair of words with 0 or 1: {line!r}")
-        if len(set(labels)) < 2:
+        usable, frames, words = [], [], []
+        for pair in read_pairs(files):
+            word = teacher.tokenizer.encode(f" {pair.other}", add_special_tokens=False)
+            if len(word) == 1:
+                texts = [frame.format(pair.one) for frame in _FRAMES]
+                texts += [_STATE_FRAME.format(each) for each in (pair.one, pair.other)]
+                frames.append([teacher.tokenizer.encode(text) for text in texts])
+                words.append(word[0])
+                usable.append(pair)
+        if len({pair.are_antonyms for pair in usable}) < 2:
             raise UserError(f"--pairs {', '.join(map(str, files))}: no antonyms or no synonyms that are one token")
         kept = range(0, len(words), -(-len(words) // _MOST))
         rows = [frames[pair][which] for which in range(len(frames[0])) for pair in kept]
         length = max(map(len, rows))
         tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows])
         last = torch.tensor([len(row) - 1 for row in rows])
-        chosen = list(kept)
-        return cls(tokens, last, torch.tensor(words)[chosen], torch.tensor(labels)[chosen])
+        are_antonyms = torch.tensor([usable[pair].are_antonyms for pair in kept])
+        are_new = torch.tensor([frozenset((usable[pair].one, usable[pair].other)) not in known for pair in kept])
+        return cls(tokens, last, torch.tensor(words)[list(kept)], are_antonyms, are_new)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The names of its measures."""
+        new = ("opposites_new",) if self._has_new else ()
+        return "opposites", *new, "opposites_states"
+
+    @property
+    def _has_new(self) -> bool:
+        of_new = self.are_antonyms[self.are_new]
+        return bool(of_new.any() and not of_new.all())
 
     @torch.no_grad()
     def measure(self, student: Student, states: torch.Tensor) -> dict[str, float]:
@@ -84,7 +122,16 @@ class Pairs:
         chances = F.linear(torch.cat([opposite, alike]), student.output_matrix).log_softmax(-1)
         chances = chances.gather(-1, self.words.repeat(2)[:, None].to(chances.device)).squeeze(-1)
         by_words = chances[: len(self.words)] - chances[len(self.words) :]
-        return {
+        new = self.are_new
+        of_new = (
+            {
+                "opposites_new": area_under_curve(by_words.cpu()[new], self.are_antonyms[new]),
+                "opposites_new_n": int(new.sum()),
+            }
+            if self._has_new
+            else {}
+        )
+        return of_new | {
             "opposites": area_under_curve(by_words, self.are_antonyms),
             "opposites_states": area_under_curve(1 - F.cosine_similarity(one, other), self.are_antonyms),
             "opposites_n": len(self.words),

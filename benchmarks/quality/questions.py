@@ -63,10 +63,8 @@ class Questions:
         """Reads the validation split of a benchmark from a folder, and draws those that count.
 
         Raises:
-            UserError: when there is no such benchmark, or its files are missing or damaged.
+            UserError: when its files are missing or damaged.
         """
-        if name not in _FILES:
-            raise UserError(f"--questions {name}=…: there is no such benchmark; expected {', '.join(_FILES)}")
         examples = read_examples(_FILES[name], folder, "validation")
         order = random_bits(derived_seed(0, name, "questions"), torch.arange(len(examples))).argsort(stable=True)
         found: list[tuple[Example, list[int], list[list[int]]]] = []
@@ -156,16 +154,16 @@ def _tokens(example: Example, teacher: Teacher) -> tuple[list[int], list[list[in
     return question, [tokens[len(question) :] for tokens in whole]
 
 
-def read_questions(places: Sequence[str], teacher: Teacher) -> list[Questions]:
-    """Reads the benchmarks of places such as `piqa=FOLDER`.
+def folder_of(place: str) -> tuple[str, Path]:
+    """Returns the benchmark and the folder of a place such as `piqa=FOLDER`.
 
     Raises:
-        UserError: when one is not in this form, or cannot be read.
+        UserError: when it is not in this form, or there is no such benchmark or folder.
     """
-    found = []
-    for place in places:
-        name, is_named, folder = place.partition("=")
-        if not is_named or not Path(folder).expanduser().is_dir():
-            raise UserError(f"--questions {place}: expected BENCHMARK=FOLDER with a folder that exists")
-        found.append(Questions.read(name, folder, teacher))
-    return found
+    name, is_named, folder = place.partition("=")
+    path = Path(folder).expanduser()
+    if not is_named or not path.is_dir():
+        raise UserError(f"--questions {place}: expected BENCHMARK=FOLDER with a folder that exists")
+    if name not in _FILES:
+        raise UserError(f"--questions {name}=…: there is no such benchmark; expected {', '.join(_FILES)}")
+    return name, path.resolve()

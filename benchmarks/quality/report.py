@@ -1,14 +1,14 @@
 """The report of the study. All of its figures come from the results file."""
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.arms import ARMS, BY_NAME, GROUPS, TUNING_SEED, Arm
+from benchmarks.quality.arms import ARMS, BY_NAME, CHOSEN_BY, GROUPS, TUNING_SEED, Arm, time_of_sequence
 from benchmarks.quality.measures import BY_TEXT, DIGITS, MEASURES, OUTSIDE, is_at_chance
-from benchmarks.quality.results import TEACHER, UNTRAINED, Result, Stage, choose, without_outdated
-from benchmarks.quality.settings import Settings
+from benchmarks.quality.results import TEACHER, UNTRAINED, Result, Stage, choose, results_by_arm
 from dskd.compare.statistics import CONFIDENCE, Difference, Estimate, holm, on_seeds
 
 _LEVEL = round(100 * CONFIDENCE)
@@ -20,16 +20,27 @@ _INTRODUCTION = """# What makes a good student, and do senses help?
 program continues it. [toys.md](toys.md) summarises an earlier study on toy models, whose advice did not carry over to
 a real one.
 
-Students are cut from SmolLM2-135M-Instruct (30 layers, of which they keep 15), trained on stored states in plain torch
-with the loss of `dskd`, and measured against the teacher position by position (the measures are defined in
-`measures.py`, the arms in `arms.py`). An arm's value is the one with the lowest KL to the teacher on one part of the
-held-out text (seed {tuning}); arms that are tested are then trained with other seeds and measured on the other part.
+Students keep {layers} layers of their teacher. They are trained on stored states in plain torch with the loss of
+`dskd`, and measured against the teacher position by position (the measures are defined in `measures.py`, the arms in
+`arms.py`). An arm's value is the one with the lowest KL to the teacher on one part of the held-out text (seed
+{tuning}); arms that are tested are then trained with other seeds and measured on the other part.
 Intervals are {level} % intervals of Student's t over seeds. Seeds differ in the order of the text, and in the positions
-that are drawn. The intervals cover neither other teachers nor other text. Seconds are CPU seconds of training.
+that are drawn. The intervals cover neither other teachers nor other text. Seconds are CPU seconds of training, on a
+GPU those of a clock.
 
 A difference is that of an arm and one that it has to beat, seed by seed; it is **bold** if the p-value of its paired
 t test, corrected by Holm's method over all differences of the measure, is below {threshold:.0%}. On measures with
-{at_chance} the teacher itself is less than two standard errors above chance: they have no differences."""
+{at_chance} the teacher itself is less than two standard errors above chance, which is the untrained student's score for
+choice and preference: they have no differences. `opposites new` is of the pairs that the study's own lexicon lacks."""
+_ON_LOOKS = (
+    "Leads, not results: no difference is bold. The means of a table are over the seeds that all of its arms have."
+)
+_ON_LENGTHS = (
+    "Tokens are those of an arm that reads the text once in its test. Above one times the text it is repeated."
+)
+_ON_TRIALS = """Every arm builds on the values that were chosen before it. `batch` and `batch again` are tried at equal
+time, as are arms "as long"; all others read as much of the text as the arm that they build on. No arm builds on Muon,
+even where it has the lowest KL in as many steps: its step takes 5.6 times as long as AdamW's."""
 _THRESHOLD = 0.05
 _AT_CHANCE = "†"
 _TRIED = ("kl", "agreement", "perplexity", "lexical_perplexity")
@@ -44,26 +55,42 @@ def render(results: Sequence[Result]) -> str:
     """Returns the whole report as Markdown."""
     dates = sorted({result.date for result in results})
     places = "; ".join(sorted({result.machine for result in results}))
-    trained = [result for result in results if result.steps]
+    trained = [result for result in results if result.is_of_training]
+    layers = ", ".join(sorted({str(result.settings.layers) for result in results if result.arm != TEACHER}))
     minutes = sum(result.cpu_seconds for result in trained) / 60
     days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     when = f"{days}; {places}; {len(trained)} trainings, {minutes:.0f} minutes"
     parts = [
-        _INTRODUCTION.format(when=when, tuning=TUNING_SEED, level=_LEVEL, threshold=_THRESHOLD, at_chance=_AT_CHANCE)
+        _INTRODUCTION.format(
+            layers=layers, when=when, tuning=TUNING_SEED, level=_LEVEL, threshold=_THRESHOLD, at_chance=_AT_CHANCE
+        )
     ]
     for text in dict.fromkeys(result.text for result in results):
-        of_text = without_outdated(results, text)
-        parts += [f"## Text: {text}", _references(of_text)]
-        stages = {result.stage for result in of_text if result.steps}
+        of_text = results_by_arm(results, text)
+        parts += [
+            f"## Text: {text}",
+            _about(next(result for result in results if result.text == text)),
+            _references(of_text),
+        ]
+        stages = {result.stage for result in of_text if result.is_of_training}
         if "tune" in stages:
-            parts += ["### What was tried", _tried(of_text)]
+            parts += ["### What was tried", _ON_TRIALS, *_check_of_times(results, text), _tried(of_text)]
         if "look" in stages:
-            parts += ["### Looks: untuned, on the validation part", *_compared(of_text, "look")]
+            parts += ["### Looks: untuned, on the validation part", _ON_LOOKS, *_compared(of_text, "look")]
         if "test" in stages:
             parts += ["### Test", *_compared(of_text, "test")]
         if "length" in stages:
-            parts += ["### Length: the test with more tokens of training, or less", *_lengths(of_text)]
+            parts += ["### Length: the test with more tokens of training, or less", _ON_LENGTHS, *_lengths(of_text)]
     return "\n\n".join(parts) + "\n"
+
+
+def _about(result: Result) -> str:
+    source = result.source
+    return (
+        f"Teacher: {source['teacher']}. Training text: {source['tokens']:,} tokens in sequences of "
+        f"{source['sequence']}. Held-out text: {source['validation']:,} target positions in the validation part, "
+        f"{source['test']:,} in the test part."
+    )
 
 
 def _measured(results: Sequence[Result]) -> list[str]:
@@ -72,8 +99,14 @@ def _measured(results: Sequence[Result]) -> list[str]:
 
 def _at_chance(results: Sequence[Result]) -> frozenset[str]:
     """Returns the measures on which the teacher is at chance on any part of the held-out text."""
-    teacher = [result.measures for result in results if result.arm == TEACHER]
-    return frozenset(name for measures in teacher for name in measures if is_at_chance(measures, name))
+    of_stage = {(result.arm, result.stage): result.measures for result in results if not result.is_of_training}
+    return frozenset(
+        name
+        for (arm, stage), measures in of_stage.items()
+        if arm == TEACHER
+        for name in measures
+        if is_at_chance(measures, name, of_stage.get((UNTRAINED, stage)))
+    )
 
 
 def _references(results: Sequence[Result]) -> str:
@@ -88,7 +121,8 @@ def _references(results: Sequence[Result]) -> str:
 
 def _tried(results: Sequence[Result]) -> str:
     names = [name for name in _TRIED if name in _measured(results)]
-    by_identity = {result.identity: result for result in results}
+    tuned = (result for result in results if result.stage == "tune" and result.is_of_training)
+    by_settings = {result.settings: result for result in tuned}
     text = results[0].text
     chosen: dict[str, Any] = {}
     rows = []
@@ -97,7 +131,7 @@ def _tried(results: Sequence[Result]) -> str:
             continue
         best = choose(results, text, arm, chosen)
         for value in arm.values(chosen):
-            result = by_identity.get(_identity(text, arm.settings(chosen, value)))
+            result = by_settings.get(arm.settings(chosen, value))
             if result is not None:
                 shown = "" if arm.tuned is None else f"{arm.tuned} {value}"
                 mark = " (chosen)" if arm.tuned is not None and best is not None and value == best else ""
@@ -110,8 +144,20 @@ def _tried(results: Sequence[Result]) -> str:
     return _table(["arm", "tried", "steps", "seconds", *_labels(names)], rows)
 
 
-def _identity(text: str, settings: Settings) -> tuple[Any, ...]:
-    return Result(text, "tune", "", TUNING_SEED, settings.changes, None, {}, 0, 0, 0, 0.0, "", "").identity
+def _check_of_times(results: Sequence[Result], text: str) -> list[str]:
+    """Returns how the seconds with which arms at equal time reckon compare with those of trainings on a CPU."""
+    ratios: dict[tuple[int, int], list[float]] = {}
+    for result in results:
+        settings, is_on_cpu = result.settings, result.device == "cpu"
+        if result.text == text and result.cpu_seconds and is_on_cpu and settings.optimizer == "adamw":
+            predicted = time_of_sequence(settings) * result.steps * settings.batch_size
+            ratios.setdefault((settings.train_layers, settings.batch_size), []).append(predicted / result.cpu_seconds)
+    if not ratios:
+        return []
+    shown = "; ".join(
+        f"{layers} × {batch} {statistics.mean(each):.2f}" for (layers, batch), each in sorted(ratios.items())
+    )
+    return [f"Seconds that equal time reckons with, divided by the recorded ones, by trained layers × batch: {shown}."]
 
 
 def _compared(results: Sequence[Result], stage: Stage) -> list[str]:
@@ -125,13 +171,16 @@ def _compared(results: Sequence[Result], stage: Stage) -> list[str]:
         for other in arm.against
     }
     found = {key: row for key, row in found.items() if any(each is not None for each in row)}
-    bold = _significant(found.values())
+    bold = frozenset[int]() if stage == "look" else _significant(found.values())
     parts = []
     for title, arms in GROUPS.items():
         names = {arm.name for arm in arms}
-        if not any(result.arm in names for result in of_stage):
+        of_group = [result for result in of_stage if result.arm in names]
+        if not of_group:
             continue
-        parts += [f"#### {title}", _values_of(of_stage, arms, BY_TEXT)]
+        if stage == "look":
+            of_group = _with_shared_seeds(of_group)
+        parts += [f"#### {title}", _values_of(of_group, arms, BY_TEXT)]
         rows = [
             [one, other, *(_shown(each, name, bold) for each, name in zip(row, compared, strict=True))]
             for (one, other), row in found.items()
@@ -140,8 +189,18 @@ def _compared(results: Sequence[Result], stage: Stage) -> list[str]:
         if rows:
             parts += ["Differences:", _table(["arm", "against", *_labels(compared)], rows)]
     if outside := [name for name in _measured(of_stage) if name in OUTSIDE]:
-        parts += ["#### Outside judges", _values_of(of_stage, ARMS, outside, at_chance, is_described=False)]
+        of_all = _with_shared_seeds(of_stage) if stage == "look" else of_stage
+        parts += ["#### Outside judges", _values_of(of_all, ARMS, outside, at_chance, is_described=False)]
     return parts
+
+
+def _with_shared_seeds(results: Sequence[Result]) -> list[Result]:
+    """Returns the results with seeds that all arms have, or all results if there is no such seed."""
+    seeds: dict[str, set[int]] = {}
+    for result in results:
+        seeds.setdefault(result.arm, set()).add(result.seed)
+    shared = set.intersection(*seeds.values())
+    return [result for result in results if result.seed in shared or not shared]
 
 
 def _lengths(results: Sequence[Result]) -> list[str]:
@@ -164,7 +223,10 @@ def _lengths(results: Sequence[Result]) -> list[str]:
             cells = [_estimate(each, measure) if each else "" for each in values]
             differences = [_shown(each, measure, bold) for each in found.get(arm.name, [None] * len(lengths))]
             rows.append([arm.name, *(cell for pair in zip(cells, differences, strict=True) for cell in pair)])
-        header = [cell for length in lengths for cell in (f"{_label(measure)}, {length:,} tokens", "against kd")]
+        header = []
+        for length in lengths:
+            times = length / of_stage[0].source["tokens"]
+            header += [f"{_label(measure)}, {length:,} tokens ({times:.2g} × the text)", "against kd"]
         parts.append(_table(["arm", *header], rows))
     return parts
 
@@ -198,19 +260,24 @@ def _values_of(
             values = [[result.measures[name] for result in of_arm if name in result.measures] for name in names]
             estimates = [_estimate(each, name) if each else "" for each, name in zip(values, names, strict=True)]
             seconds = statistics.mean(result.cpu_seconds for result in of_arm)
-            described = [arm.description, str(len(of_arm)), f"{seconds:.0f}"] if is_described else []
+            counts = (len(of_arm), of_arm[0].steps, of_arm[0].tokens)
+            described = [arm.description, *(f"{count:,}" for count in counts), f"{seconds:.0f}"] if is_described else []
             rows.append([arm.name, *described, *estimates])
-    header = ["arm", *(["", "seeds", "seconds"] if is_described else []), *_labels(names, at_chance)]
+    columns = ["", "seeds", "steps", "tokens", "seconds"] if is_described else []
+    header = ["arm", *columns, *_labels(names, at_chance)]
     return _table(header, rows)
 
 
 def difference(results: Sequence[Result], stage: Stage, arm: Arm, other: Arm, measure: str) -> Difference | None:
-    """Returns the difference of two arms over the seeds that both have; None with fewer than two seeds."""
+    """Returns the difference of two arms over the seeds that both have and in which neither diverged; None with fewer
+    than two seeds.
+    """
     first, second = (
         {
             str(result.seed): [result.measures[measure]]
             for result in results
-            if (result.stage, result.arm) == (stage, each.name) and measure in result.measures
+            if (result.stage, result.arm) == (stage, each.name)
+            and math.isfinite(result.measures.get(measure, math.nan))
         }
         for each in (arm, other)
     )
@@ -219,10 +286,12 @@ def difference(results: Sequence[Result], stage: Stage, arm: Arm, other: Arm, me
 
 
 def _values(result: Result, names: Sequence[str]) -> list[str]:
-    return [f"{result.measures[name]:,.{DIGITS[name]}f}" if name in result.measures else "" for name in names]
+    return [_estimate([result.measures[name]], name) if name in result.measures else "" for name in names]
 
 
 def _estimate(values: Sequence[float], measure: str) -> str:
+    if not all(map(math.isfinite, values)):
+        return "diverged" if measure == CHOSEN_BY and math.inf in values else "–"
     estimate, digits = Estimate.of(values), DIGITS[measure]
     interval = "" if estimate.half_width is None else f" ± {estimate.half_width:,.{digits}f}"
     return f"{estimate.mean:,.{digits}f}{interval}"

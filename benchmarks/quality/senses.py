@@ -52,7 +52,7 @@ class SenseInputs:
         """Returns a step's sequences and positions in the collator's order, with the senses of its micro-batches."""
         text = self._text
         samples = []
-        for number, row in enumerate(chosen.tolist()):
+        for row in chosen.tolist():
             sample = {
                 "input_ids": text.input_ids[row].numpy(),
                 # All positions with a target: which of them get a sense term does not depend on `position_share`.
@@ -60,9 +60,11 @@ class SenseInputs:
                 "document_starts": text.document_starts[row].numpy().astype(np.uint8),
                 **{name: rows[row].numpy() for name, rows in self._rows.items()},
             }
-            samples.append(sample | {"sample_id": number, "epoch": epoch, "step": step})
+            samples.append(sample | {"sample_id": row, "epoch": epoch, "step": step})
         batches = self._collate(samples)
-        order = torch.cat([batch["sample_ids"] for batch in batches])
+        # A sequence that is twice in a step, at the end of one epoch and the start of the next, is the same both times.
+        number_of = {row: number for number, row in enumerate(chosen.tolist())}
+        order = torch.tensor([number_of[row] for batch in batches for row in batch["sample_ids"].tolist()])
         shift = int(self._settings.sense_at != "prediction")
         senses, total = [], 0
         for batch in batches:
@@ -89,14 +91,22 @@ def sense_rows(text: Text, dictionary: SenseDictionary, settings: Settings) -> d
         for name, values in ((SYNONYM_ROWS, found.synonym_rows), (ANTONYM_ROWS, found.antonym_rows)):
             rows[name] = torch.full_like(rows[name], -1).masked_scatter(related, values.long())
     if settings.antonyms == "nearer":
-        others = ~nearer_to_antonyms(text, dictionary).unsqueeze(-1)
-        rows |= {name: rows[name].masked_fill(others, -1) for name in (SYNONYM_ROWS, ANTONYM_ROWS)}
+        rows = _related_only_at(rows, nearer_to_antonyms(text, dictionary))
+    elif not settings.sense_own and not settings.synonym_weight:
+        # A push alone: at positions without antonyms there is nothing to learn, so none of them is drawn.
+        rows = _related_only_at(rows, text.rows[ANTONYM_ROWS][..., 0] >= 0)
     if not settings.sense_own:
         rows[OWN_ROWS] = torch.full_like(rows[OWN_ROWS], -1)
     if settings.sense_at != "prediction":
         unread = ~text.is_before_another.unsqueeze(-1)
         rows = {name: values.masked_fill(unread, -1) for name, values in rows.items()}
     return rows
+
+
+def _related_only_at(rows: Mapping[str, torch.Tensor], at: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns the rows [S, T, K] without those of synonyms and antonyms at positions other than `at` [S, T]."""
+    others = ~at.unsqueeze(-1)
+    return {**rows, **{name: rows[name].masked_fill(others, -1) for name in (SYNONYM_ROWS, ANTONYM_ROWS)}}
 
 
 def nearest_rows(text: Text, dictionary: SenseDictionary, at: torch.Tensor, count: int) -> NearestRows:

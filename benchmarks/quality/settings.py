@@ -15,7 +15,7 @@ Weights = Literal["equal", "lexical", "senses", "senses of others", "rarity", "e
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a training. A result names those that differ from these defaults."""
+    """The settings of a training. A result names all of them."""
 
     # The student: layers of the teacher, of which the upper ones are trained.
     keep: Keep = "ends"
@@ -25,7 +25,8 @@ class Settings:
     train_head: bool = False
     # The optimizer. The learning rate rises over the warm-up and then falls to 0.
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices, with AdamW for what is none
-    learning_rate: float = 5e-4
+    learning_rate: float = 5e-4  # of AdamW
+    muon_rate: float = 5e-3  # of Muon, if that is the optimizer
     batch_size: int = 16  # sequences
     epochs: float = 1.0
     warmup: float = 0.05  # share of the steps
@@ -51,7 +52,9 @@ class Settings:
     weights_power: float = 1.0  # the weights are raised to it
     lexical_divergence: float = 0.0  # weight of the divergence over a target, its synonyms and antonyms alone
     lexical_words: Literal["related", "random"] = "related"  # random: as many words of the same frequency instead
-    synonym_targets: float = 0.0  # share of the cross-entropy's target that the teacher's synonyms of it get
+    # Share of the cross-entropy's target mass that the target and its synonyms divide among them as the teacher's
+    # probabilities do; with random `lexical_words` the target and these.
+    synonym_targets: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks that no term would read states that another setting has replaced."""
@@ -64,10 +67,9 @@ class Settings:
         return replace(cls(), **changes)
 
     @property
-    def changes(self) -> dict[str, Any]:
-        """{setting: value} of those that differ from the defaults."""
-        defaults = Settings()
-        return {name: value for name, value in asdict(self).items() if value != getattr(defaults, name)}
+    def all(self) -> dict[str, Any]:
+        """{setting: value}."""
+        return asdict(self)
 
     @property
     def loss(self) -> LossConfig:

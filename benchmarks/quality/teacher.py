@@ -115,10 +115,11 @@ def lower_states(teacher: Teacher, layers: tuple[int, ...], text: "Text", folder
     """
     if layers == tuple(range(text.trunk_depth)):
         return text.trunk_states
-    name = "-".join(map(str, layers)) or "embeddings"
-    file = folder / f"lower-{text.name[:16]}-{name}.safetensors"
     from safetensors.torch import load_file, save_file
 
+    from benchmarks.quality.text import file_of_text
+
+    file = file_of_text(folder, "lower", text, "-".join(map(str, layers)) or "embeddings")
     if not file.is_file():
         states = run_layers(teacher, layers, text)
         partial = file.with_suffix(".partial")

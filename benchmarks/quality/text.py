@@ -16,6 +16,7 @@ import torch
 from benchmarks.quality.teacher import Teacher, run_layers
 from dskd import shards
 from dskd.artifacts import kinds
+from dskd.artifacts.manifest import Manifest
 from dskd.artifacts.mds import INDEX, read_samples
 from dskd.config import Config
 from dskd.corpus.sequences import position_ids_of
@@ -32,6 +33,7 @@ class Text:
     """Sequences of a split. States are float32, and 0 after a sequence's last target."""
 
     name: str  # digest of its tokens
+    teacher: str  # digest of the teacher whose states these are
     input_ids: torch.Tensor  # [S, T] int64
     labels: torch.Tensor  # [S, T] int64, the token after each position
     loss_mask: torch.Tensor  # [S, T] bool
@@ -91,7 +93,8 @@ def load_text(config: Config, split: str, teacher: Teacher) -> Text:
     tokens = torch.from_numpy(np.stack(columns["input_ids"])).long()
     empty = torch.empty(0)
     text = Text(
-        manifest.facts.get("text", manifest.digest),
+        name_of(manifest),
+        str(trained.teacher),
         tokens,
         torch.nn.functional.pad(tokens[:, 1:], (0, 1)),
         torch.from_numpy(np.stack(columns["loss_mask"])).bool(),
@@ -110,6 +113,16 @@ def load_text(config: Config, split: str, teacher: Teacher) -> Text:
         states = (run_layers(teacher, tuple(upper), text, trunk, with_norm=True), trunk)
     last, trunk = states
     return dataclasses.replace(text, teacher_states=last, trunk_states=trunk)
+
+
+def name_of(manifest: Manifest) -> str:
+    """Returns the digest of the tokens in shards."""
+    return str(manifest.facts.get("text", manifest.digest))
+
+
+def file_of_text(folder: Path, kind: str, text: Text, of: str = "") -> Path:
+    """Returns the file of what is computed once from a text and its teacher."""
+    return folder / f"{kind}-{text.name[:16]}-{text.teacher[:16]}{of and '-'}{of}.safetensors"
 
 
 def _padded(states: list[np.ndarray], length: int) -> torch.Tensor:
@@ -145,7 +158,7 @@ class Words:
     related: torch.Tensor  # [V, 2 · _MOST_WORDS] int64: synonyms, then antonyms, one token each, padded with -1
     random: torch.Tensor  # the same with other words of about the same frequency in the training text
     senses: torch.Tensor  # [V] float32, the number of WordNet's synsets of the word; at least 1
-    senses_of_others: torch.Tensor  # [V], that of another word of about the same frequency
+    senses_of_others: torch.Tensor  # [V], that of another word with senses, of about the same frequency
     counts: torch.Tensor  # [V], occurrences in the training text
 
     @classmethod
@@ -162,8 +175,9 @@ class Words:
                 related[token, number * _MOST_WORDS : number * _MOST_WORDS + len(tokens)] = torch.tensor(tokens).long()
         others = similar_words(counts, related.ge(0).any(-1))
         senses = _numbers_of_senses(teacher.tokenizer, size)
+        of_others = senses[similar_words(counts, senses > 0)]
         exchanged = torch.where(related >= 0, others[related.clamp(min=0)], -1)
-        return cls(related, exchanged, senses, senses[others], counts)
+        return cls(related, exchanged, senses.clamp(min=1), of_others.clamp(min=1), counts)
 
 
 def similar_words(counts: torch.Tensor, is_word: torch.Tensor) -> torch.Tensor:
@@ -184,11 +198,11 @@ def similar_words(counts: torch.Tensor, is_word: torch.Tensor) -> torch.Tensor:
 
 def _numbers_of_senses(tokenizer: Any, size: int) -> torch.Tensor:
     reader = open_wordnet().reader
-    numbers = torch.ones(size)
+    numbers = torch.zeros(size)
     for token in range(min(size, len(tokenizer))):
         word = tokenizer.decode([token])
         if word.startswith(" ") and word[1:].isalpha():
-            numbers[token] = max(1, len(reader.synsets(word[1:].lower())))
+            numbers[token] = len(reader.synsets(word[1:].lower()))
     return numbers
 
 

@@ -47,11 +47,20 @@ class Cost:
     cpu_seconds: float
 
 
+class Diverged(FloatingPointError):
+    """A loss that is not finite, with the cost of the training so far."""
+
+    def __init__(self, message: str, cost: Cost) -> None:
+        """Keeps the cost."""
+        super().__init__(message)
+        self.cost = cost
+
+
 def train(student: Student, material: Material, settings: Settings, seed: int) -> Cost:
     """Trains a student in place.
 
     Raises:
-        FloatingPointError: when the loss is not finite.
+        Diverged: when the loss is not finite.
     """
     torch.manual_seed(seed)
     text, trained = material.text, student.trained()
@@ -69,7 +78,7 @@ def train(student: Student, material: Material, settings: Settings, seed: int) -
     for step, (sequences, mask, senses) in enumerate(batches):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = _rate(settings, step, steps)
+                group["lr"] = group["initial_lr"] * _share_of_rate(settings, step, steps)
         count, tokens = int(mask.sum()), tokens + sequences.numel() * text.input_ids.shape[1]
         positions += count
         for number, at in enumerate(sequences.split(MICRO_BATCH)):
@@ -78,7 +87,8 @@ def train(student: Student, material: Material, settings: Settings, seed: int) -
             hidden, mapped = _states(student, sense_map, settings, *entering)
             loss = _loss(head, hidden, mapped, material, settings, at, mask[part], weights, count, senses[number])
             if not loss.isfinite():
-                raise FloatingPointError(f"the loss of step {step + 1} is {loss.item()}")
+                cost = Cost(step + 1, tokens, positions, _seconds(student) - began)
+                raise Diverged(f"the loss of step {step + 1} is {loss.item()}", cost)
             loss.backward()
         nn.utils.clip_grad_norm_(list(trained.values()), _MOST_GRADIENT)
         nn.utils.clip_grad_norm_(list(_named(sense_map).values()), _MOST_GRADIENT)
@@ -226,19 +236,22 @@ def _optimizers(trained: Mapping[str, nn.Parameter], settings: Settings) -> list
     others = [value for value in trained.values() if not any(value is matrix for matrix in matrices)]
     found: list[torch.optim.Optimizer] = []
     if settings.optimizer == "muon":
-        found.append(Float32Muon(matrices, settings.learning_rate))
+        found.append(Float32Muon(matrices, settings.muon_rate))
     else:
         others = [*matrices, *others]
     if others:
         betas = (0.9, settings.beta2)
         found.append(torch.optim.AdamW(others, settings.learning_rate, betas=betas, weight_decay=settings.weight_decay))
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
     return found
 
 
-def _rate(settings: Settings, step: int, steps: int) -> float:
+def _share_of_rate(settings: Settings, step: int, steps: int) -> float:
+    """Returns which share of its learning rate each optimizer has in a step."""
     warmup = round(settings.warmup * steps)
     if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
+        return (step + 1) / warmup
     passed = (step - warmup) / max(1, steps - warmup)
-    shape = 0.5 * (1 + math.cos(math.pi * passed)) if settings.decay == "cosine" else 1 - passed
-    return settings.learning_rate * shape
+    return 0.5 * (1 + math.cos(math.pi * passed)) if settings.decay == "cosine" else 1 - passed

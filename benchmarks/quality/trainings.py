@@ -4,17 +4,19 @@ Finished trainings are skipped, so the same command resumes. Two arms that try t
 """
 
 import datetime
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.quality.arms import ARMS, BY_NAME, LOOK_SEEDS, TEST_SEEDS, TUNING_SEED, Arm
-from benchmarks.quality.measures import describe, measure
+from benchmarks.quality.measures import BY_TEXT, describe, measure
 from benchmarks.quality.pairs import Pairs
-from benchmarks.quality.questions import Questions, read_questions
+from benchmarks.quality.questions import Questions, folder_of
 from benchmarks.quality.results import (
     TEACHER,
     UNTRAINED,
@@ -23,19 +25,25 @@ from benchmarks.quality.results import (
     append_result,
     chosen_values,
     read_results,
+    require_same_judges,
+    require_same_source,
+    settings_of_length,
 )
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.teacher import Student, Teacher, lower_states, run_layers
 from benchmarks.quality.terms import entropies
-from benchmarks.quality.text import Words, load_text, parts_of, work_folder
-from benchmarks.quality.training import Cost, Material, train
-from benchmarks.report import machine
+from benchmarks.quality.text import Text, Words, file_of_text, load_text, parts_of, work_folder
+from benchmarks.quality.training import Cost, Diverged, Material, train
+from benchmarks.report import machine, processor
+from dskd.artifacts.hashing import digest_of_json
 from dskd.artifacts.lock import lock_if_free
 from dskd.config import Config
 from dskd.console import say
 from dskd.errors import UserError
+from dskd.lexicon.relations import load_lexicon
 from dskd.senses.dictionary import load_dictionary, map_vectors
 
+DIVERGED = dict.fromkeys(BY_TEXT, math.nan) | {"kl": math.inf}  # measures of a training that diverged
 _WAIT_S = 5.0  # between two checks of other processes' trainings, on which more trainings may depend
 
 
@@ -100,7 +108,7 @@ def planned_lengths(
         for seed in seeds:
             for name in names:
                 settings = BY_NAME[name].settings(chosen, chosen[name])
-                longer = replace(settings, epochs=round(settings.epochs * length / text_tokens, 4))
+                longer = settings_of_length(settings, length, text_tokens)
                 yield Training("length", BY_NAME[name], seed, chosen[name], longer, length)
 
 
@@ -151,24 +159,36 @@ class Runner:
             name: the name of the text in the results.
             path: the results file.
             pairs: files of synonyms and antonyms; none to leave these measures out.
-            questions: places of benchmarks (:func:`benchmarks.quality.questions.read_questions`), which students that
-                tuning tries do not answer.
+            questions: places of benchmarks (:func:`benchmarks.quality.questions.folder_of`), which students that tuning
+                tries do not answer.
             device: of the teacher and of training.
+
+        Raises:
+            UserError: when a file cannot be used, or the results of this name have another source or other judges.
         """
         self._config, self._name, self._path = config, name, path
         self._teacher = Teacher.load(config, device)
         self._text, self._held_out = (load_text(config, split, self._teacher) for split in ("train", "validation"))
         self._parts = parts_of(self._held_out)
-        dictionary, _ = load_dictionary(config)
+        dictionary, manifest = load_dictionary(config)
         self._words = Words.of(dictionary, self._teacher, self._text)
         vectors = torch.from_numpy(map_vectors(dictionary.path).copy()).view(torch.bfloat16)
         self._material = Material(
             self._text, self._text.trunk_states, self._words, self._entropy(), dictionary, vectors
         )
         self._judges: dict[str, Pairs | Questions] = {}
+        self._files: dict[str, str] = {}
         if pairs:
-            self._judges["pairs"] = Pairs.read(pairs, self._teacher)
-        self._judges |= {each.name: each for each in read_questions(questions, self._teacher)}
+            known = {frozenset((relation.head, relation.tail)) for relation in load_lexicon(config)}
+            self._judges["pairs"] = Pairs.read(pairs, self._teacher, known)
+            self._files["pairs"] = ", ".join(file.name for file in pairs)
+        for benchmark, folder in map(folder_of, questions):
+            self._judges[benchmark] = Questions.read(benchmark, str(folder), self._teacher)
+            self._files[benchmark] = folder.name
+        self._source = describe_source(self._teacher, self._text, self._held_out, manifest.digest)
+        results = read_results(path)
+        require_same_source(results, path, name, self._source)
+        require_same_judges(results, path, name, self._files)
         self._cut: tuple[int, ...] = ()
         self._lower: dict[str, torch.Tensor] = {}
 
@@ -229,14 +249,18 @@ class Runner:
     def _train(self, training: Training) -> None:
         student = Student(self._teacher, training.settings)
         states = self._lower_states(student, "text")
-        cost = train(student, replace(self._material, states=states), training.settings, training.seed)
+        value = "" if training.arm.tuned is None else f" {training.arm.tuned} {training.value}"
+        name = f"{training.stage} {training.arm.name}{value}, seed {training.seed}"
+        try:
+            cost = train(student, replace(self._material, states=states), training.settings, training.seed)
+        except Diverged as error:
+            # A result like any other: its KL is infinite, so that it is not chosen, and not tried again.
+            append_result(self._path, self._result(training, error.cost, DIVERGED))
+            say(f"{name}: it diverged ({error})")
+            return
         result = self._result(training, cost, self._measure(student, training.stage, training.stage != "tune"))
         append_result(self._path, result)
-        value = "" if training.arm.tuned is None else f" {training.arm.tuned} {training.value}"
-        say(
-            f"{training.stage} {training.arm.name}{value}, seed {training.seed}: {describe(result.measures)}; "
-            f"{cost.steps} steps, {cost.cpu_seconds:.0f} s of CPU"
-        )
+        say(f"{name}: {describe(result.measures)}; {cost.steps} steps, {cost.cpu_seconds:.0f} s of CPU")
 
     def _measure(self, student: Student, stage: Stage, with_questions: bool) -> dict[str, float]:
         at = self._parts["test" if stage in ("test", "length") else "validation"]
@@ -295,7 +319,7 @@ class Runner:
         """Returns the teacher's entropy [S, T] on the text, computed once."""
         from safetensors.torch import load_file, save_file
 
-        file = work_folder(self._config) / f"entropy-{self._text.name[:16]}.safetensors"
+        file = file_of_text(work_folder(self._config), "entropy", self._text)
         if not file.is_file():
             found = torch.zeros(self._text.input_ids.shape)
             found[self._text.loss_mask] = entropies(
@@ -312,7 +336,7 @@ class Runner:
             training.stage,
             training.arm.name,
             training.seed,
-            training.settings.changes,
+            training.settings,
             training.value,
             measures,
             cost.steps,
@@ -321,12 +345,32 @@ class Runner:
             round(cost.cpu_seconds, 1),
             datetime.date.today().isoformat(),
             _where(self._teacher.device),
+            self._teacher.device.type,
+            self._source,
+            {name: files for name, files in self._files.items() if measures.keys() & set(self._judges[name].measures)},
             training.length,
         )
+
+
+def describe_source(teacher: Teacher, text: Text, held_out: Text, dictionary: str) -> dict[str, Any]:
+    """Returns what binds results to a text, a teacher and a sense dictionary, whose digest is given.
+
+    Beside the digest of all these they are facts for the report: the teacher's shape, the tokens of the training text
+    and of a sequence, and the positions of each part of the held-out text.
+    """
+    model = teacher.causal_lm.config
+    return {
+        "digest": digest_of_json([text.name, held_out.name, text.teacher, dictionary]),
+        "teacher": f"{model.model_type}, {teacher.num_layers} layers of width {model.hidden_size}, "
+        f"{model.vocab_size:,} tokens",
+        "tokens": text.input_ids.numel(),
+        "sequence": text.input_ids.shape[1],
+        **{part: int(held_out.loss_mask[at].sum()) for part, at in parts_of(held_out).items()},
+    }
 
 
 def _where(device: torch.device) -> str:
     found = machine()
     if device.type == "cuda":
-        return f"{found['device']}, torch {found['torch']}"
-    return f"{found['device']}, {found['threads']} of {found['cores']} cores, torch {found['torch']}"
+        return f"{torch.cuda.get_device_name(device)}, torch {found['torch']}"
+    return f"{processor()}, {found['threads']} of {found['cores']} cores, torch {found['torch']}"
