@@ -109,9 +109,9 @@ def test_a_file_that_changes_after_a_worker_read_it_stops_training_without_a_tra
     def change_files(samples):
         for sample in samples:
             file = Path(sample["in_file"].file)
-            content = file.read_bytes()[:-1] + b"?"
-            file.unlink()
-            file.write_bytes(content)  # the worker has mapped the old file
+            changed = file.with_suffix(".changed")
+            changed.write_bytes(file.read_bytes()[:-1] + b"?")
+            changed.replace(file)  # the worker has mapped the old file, and the rank finds no half-written one
         return collate(samples)
 
     message = (
