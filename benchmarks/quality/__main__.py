@@ -95,7 +95,7 @@ def main() -> int:
         from dskd.config.reading import load_config
         from dskd.pipeline import LOCK, run_pipeline
 
-        # What is wrong with the arguments is said before the pipeline takes its time.
+        # Wrong arguments are refused before the pipeline takes its time.
         questions, overrides = split_places(args.questions)
         overrides = [*args.overrides, *overrides]
         config = load_config(args.config, overrides)

@@ -108,7 +108,7 @@ def _seconds(student: Student) -> float:
 def _sense_map(student: Student, settings: Settings) -> nn.Linear | None:
     """Returns the map [D, D] from the states that the sense loss reads to sense embeddings, at first the identity.
 
-    It is trained with the student and not part of it. The states before a target is said need none.
+    It is trained with the student and not part of it. The states that predict a target need none.
     """
     if not settings.sense_weight or settings.sense_at == "prediction":
         return None

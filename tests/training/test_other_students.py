@@ -139,7 +139,7 @@ def test_the_export_is_the_trained_student_for_transformers_alone(trained):
 
 
 def test_two_ranks_train_the_same_student(trained, copy_of_tiny):
-    """How a run resumes whose student is trained as a whole: test_width_map.py."""
+    """A run whose student is trained as a whole resumes in test_width_map.py."""
     of_one = load_config(trained)
     changes = {"teacher": RESIDENT, "student": {"path": of_one.student.path}, "loss": LOSS, "train": SETTINGS}
     two = copy_of_tiny(*KEPT, **changes)
