@@ -8,7 +8,7 @@ from dskd.config import LossConfig
 
 Keep = Literal["ends", "first", "even", "importance"]
 # The student's state that the sense loss reads for a target: the last state of the position that predicts it; the last
-# state of the position that reads it; or, there, that of the lowest trained layer. The last two pass through a trained map.
+# state of the position that reads it; or, there, the lowest trained layer's. The last two pass through a trained map.
 SensesAt = Literal["prediction", "reading", "middle"]
 Weights = Literal["equal", "lexical", "senses", "senses of others", "rarity", "entropy"]
 
