@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import fcntl
 import functools
+import gc
 import importlib
 import os
 import subprocess
@@ -131,6 +132,14 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         make_tiny(folder, request.getfixturevalue("no_runs"))
 
     return _make_once(tmp_path_factory, "tiny", make, request.config.getoption("--tiny")) / "tiny.yaml"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exempt_survivors() -> Iterator[None]:
+    """Exempts from garbage collection what outlives the tests of a file: modules imported late, and caches."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
