@@ -114,16 +114,26 @@ def empty_tensors(tensors: Iterable[Any]) -> None:
             tensor.ds_tensor.data = tensor.new_empty(0)
 
 
-def load_resident(folder: ModelFolder, dtype: torch.dtype, world: World, *, num_layers: int | None = None) -> Any:
-    """Loads a causal LM of transformers, or only its lowest `num_layers` layers, whole onto this rank's device."""
+def load_resident(
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    world: World,
+    *,
+    first_layer: int = 0,
+    num_layers: int | None = None,
+) -> Any:
+    """Loads a causal LM of transformers whole onto this rank's device, in evaluation mode.
+
+    With `first_layer` and `num_layers` it has only some layers, as :func:`build_sharded` says.
+    """
 
     def place(parameter: nn.Parameter, tensor: torch.Tensor | None) -> nn.Parameter:
         assert tensor is not None, "every rank reads"
         value = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
         return nn.Parameter(value.copy_(tensor), requires_grad=value.is_floating_point())
 
-    causal_lm = empty_model(folder, dtype, num_layers=num_layers)
-    _fill(causal_lm, folder, world, place)
+    causal_lm = empty_model(folder, dtype, first_layer=first_layer, num_layers=num_layers)
+    _fill(causal_lm, folder, world, place, first_layer=first_layer)
     return causal_lm.eval()
 
 
