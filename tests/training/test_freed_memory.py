@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# A process allocates, fills and frees 48 MiB, more than glibc keeps by default, twice, and prints the pages that this took.
+# A process twice allocates, fills and frees 48 MiB, more than glibc keeps by default, and prints the pages it got.
 _PROGRAM = """
 import ctypes, resource
 from dskd.training.freed_memory import keep_freed_memory
@@ -32,6 +32,6 @@ def test_what_a_step_frees_is_kept_for_the_next_unless_the_user_has_set_the_allo
         [sys.executable, "-c", _PROGRAM], env=environment, capture_output=True, text=True, check=True
     ).stdout
     first, second = map(int, output.split())
-    of_block = 48 * 2**20 // os.sysconf("SC_PAGE_SIZE")
+    of_block = 0.9 * 48 * 2**20 / os.sysconf("SC_PAGE_SIZE")
     assert first >= of_block
     assert second < of_block / 100 if is_kept else second >= of_block
