@@ -9,7 +9,10 @@ Both start from the same weights, and read the same batches, which are drawn bef
 CPU a step's time is that of the processor, which other work on the machine hardly changes. Sequences have 128 tokens.
 """
 
+import cProfile
 import itertools
+import pstats
+import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +22,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.profiling import profile_steps, shares_text
 from benchmarks.report import Spread, default_device, machine, parse, publish, ratios, take_turns
 from benchmarks.workload import OurTraining, build_workload_parser, read_config, work_directory
 from dskd.config import Config
@@ -36,6 +38,7 @@ from dskd.training.teacher_source import reads_logits
 
 _SEQUENCE_LENGTH, _MICRO_BATCH = 128, 1024  # tokens
 _VARIANTS = ("engine", "plain")
+_PROFILED = 6  # steps
 _BATCHES = 4  # different ones, read again and again
 
 
@@ -59,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for tokens in args.tokens:
             steps = Variants.load(read_config(path, args.overrides, *_sizes(tokens, args.sequence_length)), world)
             if args.profile:
-                shares, operations = profile_steps(steps.step_of(args.profile))
-                print(f"{operations}\n{shares_text(shares)}")
+                _profile(steps.step_of(args.profile))
             else:
                 results.append({"tokens": tokens} | _measure(steps, args.rounds, args.warm_up))
                 rows.append(_row(results[-1]))
@@ -179,6 +181,24 @@ def _copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _copy(of_name) for name, of_name in value.items()}
     return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _profile(step: Callable[[], None]) -> None:
+    """Prints a step's time of the processor, and the functions of Python that take it."""
+    for _ in range(_PROFILED):
+        step()
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    for _ in range(_PROFILED):
+        step()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    user, system = (getattr(after, name) - getattr(before, name) for name in ("ru_utime", "ru_stime"))
+    faults = (after.ru_minflt - before.ru_minflt) // _PROFILED
+    print(f"a step: user {user / _PROFILED:.3f} s, system {system / _PROFILED:.3f} s, {faults:,} page faults")
+    profile = cProfile.Profile(time.process_time)
+    for _ in range(_PROFILED):
+        profile.runcall(step)
+    print(f"{_PROFILED} steps:")
+    pstats.Stats(profile).sort_stats("cumulative").print_stats(100).sort_stats("tottime").print_stats(20)
 
 
 def _measure(variants: Variants, rounds: int, warm_up: int) -> dict[str, Any]:
