@@ -237,7 +237,8 @@ class OurTraining:
         cache = open_node_cache(config.train.shard_cache, world)
         bank = load_sense_bank(config, inputs, world)
         self._batches = load_steps(config, schedule, collate, cache, world, start_step=0, sense_bank=bank)
-        keep_freed_memory()
+        if world.device.type == "cpu":
+            keep_freed_memory()
         self._step = 0
         self.waited_s = 0.0  # time spent waiting for data, over all steps
         self.last: StepResult | None = None

@@ -166,9 +166,9 @@ def compute_memory(
     at_turn, backward = each * student_gathered.at_turn + copy, each * student_gathered.backward + copy
     # The optimizer's share, and the bucket in which DeepSpeed collects gradients.
     optimizer = (MASTER_BYTES + MOMENT_BYTES + GRADIENT_BYTES) * share + REDUCE_BUCKET * size
-    # A full bucket is copied to be summed over several ranks. A gradient that is larger than the bucket is held
-    # separately.
-    flushed = min(trained, REDUCE_BUCKET) * each
+    # A full bucket is copied to be summed over ranks, except by the only rank on a CPU. A gradient that is larger than
+    # the bucket is held separately.
+    flushed = min(trained, REDUCE_BUCKET) * (each if is_gloo else size)
     over = max((w.numel for w in shapes.weights if w.is_trained and w.numel > REDUCE_BUCKET), default=0) * size
     is_flushed_early = trained > REDUCE_BUCKET
     of_update = _STEP[cluster.device] * min(share, SUB_GROUP)

@@ -35,7 +35,7 @@ MASTER_BYTES, MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4
 REDUCE_BUCKET = 50_000_000  # gradient elements that DeepSpeed reduces over the ranks in one operation
 # The only rank holds everything anyway. Weights that stay gathered take no more memory and need no gathering and
 # releasing in each module; and to scatter gradients, DeepSpeed would copy all of them twice.
-_ONE_RANK = {"stage3_param_persistence_threshold": MAX_LIVE, "reduce_scatter": False}
+_ONE_CPU_RANK = {"stage3_param_persistence_threshold": MAX_LIVE, "reduce_scatter": False}
 
 
 class StudentModule(nn.Module):
@@ -135,8 +135,8 @@ def load_student(
         "checkpoint": {"load_universal": load_universal},
     }
     settings["zero_optimization"]["reduce_bucket_size"] = REDUCE_BUCKET
-    if world.world_size == 1:
-        settings["zero_optimization"] |= _ONE_RANK
+    if world.world_size == 1 and world.device.type == "cpu":  # not yet tried on a GPU
+        settings["zero_optimization"] |= _ONE_CPU_RANK
     causal_lm = build_sharded(folder, settings, dtype, world, first_layer=trunk_depth)
     student, trained = assemble(
         causal_lm,

@@ -42,7 +42,8 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
     ):
         run = set_up(config, world, began=began, resume=resume, overwrite=overwrite)
         if run is not None:
-            keep_freed_memory()  # not before, so that what loading the models took and freed is returned
+            if world.device.type == "cpu":  # not before, so that what loading the models took and freed is returned
+                keep_freed_memory()
             _train(run)
 
 
