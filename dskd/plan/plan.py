@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Returns whether every stage has enough memory."""
+        """Returns True if every stage has enough memory."""
         return not self.too_large_for_gpus and not self.too_large_for_hosts
 
     @property
@@ -143,7 +143,7 @@ def _shards(config: Config) -> Manifest | None:
 
 
 def _are_current(shards: Manifest, config: Config, to_store: StoredStates | None) -> bool:
-    """Returns whether the shards hold what the config stores of the teacher; otherwise they have to be annotated again.
+    """Returns True if the shards hold what the config stores of the teacher; otherwise they have to be annotated again.
 
     Compares states by their columns, type, width and depth, as annotation's recipe does, and the number of tokens.
     """

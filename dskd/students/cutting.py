@@ -71,7 +71,7 @@ def build_cut_student(config: Config, teacher: ModelFolder) -> None:
             cut_values = cut_config(values, layers, full.to_dict()) | attention_key(full)
             write_json(building.folder / "config.json", without_place(cut_values))
             copy_other_files(teacher, building.folder)
-            student = ModelFolder(building.folder, "", "", teacher.trust_remote_code)
+            student = ModelFolder(building.folder, "", teacher.trust_remote_code)
             check_kinds(whole, empty_model(student), layers)
             size_bytes = cut(teacher.path, layers, building.folder)
             check_student(student, teacher, layers)
