@@ -18,7 +18,7 @@ def describe_results(config: Config, teacher: ModelFolder | None = None) -> str:
     """
     parts = [compare_or_explain(config)]
     try:
-        parts.append(describe_examples(config, found=teacher))
+        parts.append(describe_examples(config, teacher))
     except UserError as problem:  # such as a dictionary that was removed since; nothing that was made depends on it
         parts.append(f"No senses to show: {problem}")
     folders = {run: config.path(kinds.EXPORT.folder, run) for run in config.run_names}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dskd.artifacts import kinds
+from dskd.artifacts.hashing import MANIFEST_NAME
 from dskd.artifacts.manifest import Manifest, read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
@@ -137,7 +138,7 @@ def make_plan(
 
 def _shards(config: Config) -> Manifest | None:
     folder = config.path(kinds.SHARDS.folder, "train")
-    if not Path(folder, "manifest.json").is_file():
+    if not Path(folder, MANIFEST_NAME).is_file():
         return None
     return read_manifest(folder, kinds.SHARDS.name, files_are_here=False)
 

@@ -256,7 +256,8 @@ def test_the_parameters_of_a_new_student_are_counted_before_it_is_made(kv_heads,
 @pytest.mark.usefixtures("teacher")
 def test_a_new_student_that_has_no_room_is_refused_before_it_is_made(tmp_path, monkeypatch):
     large = _config(tmp_path, student={"from_config": {"layers": 1, "hidden_size": 4_000_000, "heads": 1}})
-    with pytest.raises(UserError, match=r"work/student: the [0-9,]+ parameters of the student need .* of disk space"):
+    message = r"work/student: not enough disk space for the [0-9,]+ parameters of the student"
+    with pytest.raises(UserError, match=message):
         build_student(large)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage._replace(free=10**18))
