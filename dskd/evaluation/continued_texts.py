@@ -28,7 +28,7 @@ from dskd.models.tokenizing import require_known
 
 CONTINUATIONS_TABLE, CONTINUATIONS_TEXT = "samples.json", "samples.md"
 _PROMPT, _TEXT = "prompt", "the text itself"
-# A text is shown if each of its halves has so many tokens: the model can tell from the first what it is about.
+# A text is shown if each of its halves has this many tokens: the model can tell from the first what it is about.
 _LEAST_TOKENS = 5
 _ROWS_FOR_A_SAMPLE = 16  # of which one is likely to begin with such a text
 

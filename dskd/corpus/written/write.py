@@ -1,8 +1,8 @@
 """The stage in which the teacher writes texts: `WORKDIR/written`.
 
-What a text is drawn from depends on the seed, the sense and the number of the text, so any number of ranks writes the
-same texts, and a resumed run too. `corpus.batch_size` can change them: in another batch the last digits of the
-probabilities differ. A server's texts differ each time.
+The random numbers of a text depend on the seed, the sense and the number of the text, so any number of ranks, and a
+resumed run, writes the same texts. `corpus.batch_size` can change them: in another batch the last digits of the
+probabilities differ. A server writes other texts each time.
 """
 
 import contextlib
