@@ -190,13 +190,13 @@ def _keep_in_fp32(causal_lm: Any) -> None:
 
 
 def fits_without_lower_layers(folder: ModelFolder, first_layer: int) -> bool:
-    """Returns whether the layers from `first_layer` up are built the same when the layers below them are left out."""
+    """Returns True if the layers from `first_layer` up are built the same when the layers below them are left out."""
     upper = list(range(first_layer, folder.load_config().num_hidden_layers))
     return not compare_layers(empty_model(folder), empty_model(folder, first_layer=first_layer), upper)
 
 
 def fits_without_upper_layers(folder: ModelFolder, num_layers: int) -> bool:
-    """Returns whether the lowest `num_layers` layers are built the same when the layers above them are left out."""
+    """Returns True if the lowest `num_layers` layers are built the same when the layers above them are left out."""
     return not compare_layers(empty_model(folder), empty_model(folder, num_layers=num_layers), range(num_layers))
 
 

@@ -146,7 +146,7 @@ def compute_memory(
     held, host_teacher, gathered = 0, 0, None
     if with_teacher:
         held, host_teacher, gathered = _teacher(config, cluster, teacher, size, persistent)
-    teacher_live = _live(gathered.forward if gathered else 0, teacher, size, config, cluster)
+    teacher_live = _live(gathered.forward if gathered else 0, size, config, cluster)
 
     # The student: a rank's shares, the small weights that stay gathered, and what is gathered in each phase. A single
     # rank gathers nothing.
@@ -252,7 +252,7 @@ def _pinned(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _live(elements: int, teacher: Shapes, size: int, config: Config, cluster: Cluster) -> int:
+def _live(elements: int, size: int, config: Config, cluster: Cluster) -> int:
     """Returns the bytes of the teacher's gathered weights, if `elements` are whole at one time."""
     if cluster.world_size > 1:
         return elements * size
@@ -301,7 +301,7 @@ def stages_before(
     hidden_size = architecture.values()["hidden_size"]
     held, on_host, gathered = _teacher(config, cluster, teacher, size, PERSISTENT_WIDTHS * hidden_size)
     matrix = size * architecture.values()["vocab_size"] * hidden_size
-    live = held + matrix + _live(gathered.forward if gathered else 0, teacher, size, config, cluster)
+    live = held + matrix + _live(gathered.forward if gathered else 0, size, config, cluster)
     is_cpu = cluster.device == "cpu"
     reserved = RESERVED_ON_HOST if is_cpu else RESERVED_ON_GPU
     # Each stage holds at most its budget, and no more than all states or rows.
