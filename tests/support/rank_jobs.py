@@ -123,7 +123,7 @@ def _head_gradients(folder: Path, world: World) -> None:
         loss={"hidden_weight": 0.3, "sense_weight": 0.8, "divergence": divergence, **of_form},
         train={"global_batch_size": 4, "micro_batch_size": 1, "loss_chunk_size": 5},
     )
-    student = ModelFolder(folder / "student", "", "")
+    student = ModelFolder(folder / "student", "")
     teacher = find_teacher(config)
     width = width_of_map(config.loss, student, teacher)
     engine = load_student(student, config, world, teacher=teacher, margin=1.3, accumulation_steps=2, mapped_width=width)
