@@ -57,10 +57,15 @@ class Training:
     value: object
     settings: Settings
     length: int = 0  # tokens that the stage "length" asks for
+    values_of: str = ""  # the text on which the value was chosen; empty: the one of training
 
 
 def planned_trainings(
-    results: Sequence[Result], text: str, names: Sequence[str], seeds: Sequence[int] = TEST_SEEDS
+    results: Sequence[Result],
+    text: str,
+    names: Sequence[str],
+    seeds: Sequence[int] = TEST_SEEDS,
+    values_of: str = "",
 ) -> Iterator[Training]:
     """Yields the trainings in order; those that depend on a value that is not chosen yet are left out.
 
@@ -69,17 +74,25 @@ def planned_trainings(
         text: the name of the text.
         names: the arms to train, with those that they build on; empty for all.
         seeds: of the test; none for tuning alone.
+        values_of: another text, whose chosen values are tested on this one; empty to tune on this one.
+
+    Raises:
+        UserError: when the value of an arm in `names` is not chosen on `values_of` yet.
     """
     wanted = _with_bases(names)
-    chosen = chosen_values(results, text, wanted)
-    for arm in ARMS:
-        if arm.name in wanted and (arm.based_on is None or arm.based_on in chosen):
-            for value in arm.values(chosen):
-                yield Training("tune", arm, TUNING_SEED, value, arm.settings(chosen, value))
+    chosen = chosen_values(results, values_of or text, wanted)
+    if values_of:
+        require_values(results, values_of, names)
+    else:
+        for arm in ARMS:
+            if arm.name in wanted and (arm.based_on is None or arm.based_on in chosen):
+                for value in arm.values(chosen):
+                    yield Training("tune", arm, TUNING_SEED, value, arm.settings(chosen, value))
     for seed in seeds:  # seed by seed, so that an early end leaves complete pairs
         for name, value in chosen.items():
             if BY_NAME[name].tested:
-                yield Training("test", BY_NAME[name], seed, value, BY_NAME[name].settings(chosen, value))
+                settings = BY_NAME[name].settings(chosen, value)
+                yield Training("test", BY_NAME[name], seed, value, settings, values_of=values_of)
 
 
 def planned_lengths(
@@ -138,6 +151,22 @@ def require_arms(names: Sequence[str]) -> None:
     """
     if unknown := [name for name in names if name not in BY_NAME]:
         raise UserError(f"--arms: there is no {unknown[0]!r}; the arms are {', '.join(BY_NAME)}")
+
+
+def require_values(results: Sequence[Result], values_of: str, names: Sequence[str]) -> None:
+    """Checks that the values of arms are chosen on a text.
+
+    Raises:
+        UserError: when the value of one in `names` is not, or with no `names` that of no arm.
+    """
+    chosen = chosen_values(results, values_of, _with_bases(names))
+    missing = [name for name in names or ("kd",) if name not in chosen]
+    if missing:
+        texts = ", ".join(sorted({result.text for result in results})) or "none"
+        raise UserError(
+            f"--values-of {values_of}: the value of {missing[0]!r} is not chosen on this text yet (texts with results: "
+            f"{texts}); tune it there first, without --values-of"
+        )
 
 
 class Runner:
@@ -200,6 +229,7 @@ class Runner:
         *,
         looks: bool = False,
         lengths: Sequence[int] = (),
+        values_of: str = "",
     ) -> bool:
         """Does all trainings that are not done yet; returns False if the time is over first.
 
@@ -211,6 +241,7 @@ class Runner:
             budget_s: no training starts after so many seconds.
             looks: do the looks instead.
             lengths: numbers of tokens; do the arms with their chosen values on these instead.
+            values_of: another text of the results, whose chosen values are tested; empty to tune on this one.
         """
         require_arms(names)
         started = time.monotonic()
@@ -225,7 +256,7 @@ class Runner:
                 tokens = self._text.input_ids.numel()
                 planned = planned_lengths(results, self._name, names, seeds, lengths, tokens)
             else:
-                planned = planned_trainings(results, self._name, names, seeds)
+                planned = planned_trainings(results, self._name, names, seeds, values_of)
             for training in planned:
                 empty = self._result(training, Cost(0, 0, 0, 0.0), {})
                 if empty.identity in done:
@@ -349,6 +380,7 @@ class Runner:
             self._source,
             {name: files for name, files in self._files.items() if measures.keys() & set(self._judges[name].measures)},
             training.length,
+            training.values_of,
         )
 
 
