@@ -73,6 +73,11 @@ def main() -> int:
         help="arc_easy, arc_challenge, piqa, commonsense_qa, each with the folder of its files as published",
     )
     parser.add_argument(
+        "--separation",
+        action="store_true",
+        help="measure how well states tell the senses of a word apart, on WordNet's examples; a minute to find them",
+    )
+    parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="FILE.jsonl", help="default: the committed ones"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of training; default: cpu")
@@ -118,7 +123,7 @@ def main() -> int:
             require_values(results, args.values_of, args.arms)
         run_pipeline(args.config, overrides, until="shards")
         release_lock(config.path(LOCK))  # the pipeline holds it until this process ends
-        runner = Runner(config, args.name, args.results, pairs, questions, args.device)
+        runner = Runner(config, args.name, args.results, pairs, questions, args.device, separation=args.separation)
         seeds = args.seeds if args.seeds is not None else LOOK_SEEDS if args.looks else TEST_SEEDS
         runner.run(args.arms, seeds, args.minutes * 60, looks=args.looks, lengths=args.length, values_of=args.values_of)
         return 0

@@ -29,6 +29,7 @@ from benchmarks.quality.results import (
     require_same_source,
     settings_of_length,
 )
+from benchmarks.quality.separation import Examples
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.teacher import Student, Teacher, lower_states, run_layers
 from benchmarks.quality.terms import entropies
@@ -180,6 +181,8 @@ class Runner:
         pairs: Sequence[Path] = (),
         questions: Sequence[str] = (),
         device: str = "cpu",
+        *,
+        separation: bool = False,
     ) -> None:
         """Loads the teacher and the text.
 
@@ -191,6 +194,7 @@ class Runner:
             questions: places of benchmarks (:func:`benchmarks.quality.questions.folder_of`), which students that tuning
                 tries do not answer.
             device: of the teacher and of training.
+            separation: measure how well states tell the senses of a word apart, in students that tuning does not try.
 
         Raises:
             UserError: when a file cannot be used, or the results of this name have another source or other judges.
@@ -205,8 +209,11 @@ class Runner:
         self._material = Material(
             self._text, self._text.trunk_states, self._words, self._entropy(), dictionary, vectors
         )
-        self._judges: dict[str, Pairs | Questions] = {}
+        self._judges: dict[str, Pairs | Questions | Examples] = {}
         self._files: dict[str, str] = {}
+        if separation:
+            self._judges["separation"] = Examples.of(config)
+            self._files["separation"] = "WordNet's examples"
         if pairs:
             known = {frozenset((relation.head, relation.tail)) for relation in load_lexicon(config)}
             self._judges["pairs"] = Pairs.read(pairs, self._teacher, known)
@@ -289,11 +296,12 @@ class Runner:
             append_result(self._path, self._result(training, error.cost, DIVERGED))
             say(f"{name}: it diverged ({error})")
             return
-        result = self._result(training, cost, self._measure(student, training.stage, training.stage != "tune"))
+        result = self._result(training, cost, self._measure(student, training.stage, is_final=training.stage != "tune"))
         append_result(self._path, result)
         say(f"{name}: {describe(result.measures)}; {cost.steps} steps, {cost.cpu_seconds:.0f} s of CPU")
 
-    def _measure(self, student: Student, stage: Stage, with_questions: bool) -> dict[str, float]:
+    def _measure(self, student: Student, stage: Stage, *, is_final: bool) -> dict[str, float]:
+        """Returns the measures of a student; if it is not `is_final`, as one that tuning tries, without slow ones."""
         at = self._parts["test" if stage in ("test", "length") else "validation"]
         held_out = self._lower_states(student, "held-out")
         student.eval()
@@ -309,7 +317,7 @@ class Runner:
         matrix = self._teacher.output_matrix
         found = measure(states, student.output_matrix.detach(), matrix, self._held_out, at, self._words)
         for name, judge in self._judges.items():
-            if isinstance(judge, Pairs) or with_questions:
+            if isinstance(judge, Pairs) or is_final:
                 found |= judge.measure(student, self._lower_states(student, name))
         return found
 
@@ -341,7 +349,7 @@ class Runner:
                     result = self._result(
                         Training(stage, Arm(name, ""), 0, None, settings),
                         Cost(0, 0, 0, 0.0),
-                        self._measure(student, stage, with_questions=True),
+                        self._measure(student, stage, is_final=True),
                     )
                     append_result(self._path, result)
                     say(f"{name}, {stage}: {describe(result.measures)}")
