@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 # that is compared bit for bit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
-# Two ranks cannot share a GPU, and tests compare with what the CPU computes: only test_gpu.py computes on GPUs.
+# Two ranks cannot share a GPU, and tests compare with what the CPU computes: only test_gpu.py and tests/gpu/ compute
+# on GPUs.
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 

@@ -90,7 +90,7 @@ def is_at_chance(measures: Mapping[str, float], name: str, untrained: Mapping[st
 
     Such a measure says nothing about what a student learned from the teacher. Chance at `choice` and `preference` is
     the score of the `untrained` student, which can be above one half without any knowledge of the text. It is not known
-    of measures without a count, and of those that are no shares.
+    of measures without a count, and of those that are not shares.
     """
     kind = name.removesuffix("_norm").removesuffix("_states").removesuffix("_target")
     count = measures.get(f"{kind}_n")

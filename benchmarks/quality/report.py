@@ -245,7 +245,7 @@ def _significant(rows: Iterable[Sequence[Difference | None]]) -> frozenset[int]:
         found |= {
             id(each)
             for each, value in zip(tests, corrected, strict=True)
-            if value < _THRESHOLD and each.low < each.high  # two equal differences are no proof
+            if value < _THRESHOLD and each.low < each.high  # two equal differences prove nothing
         }
     return frozenset(found)
 

@@ -60,7 +60,7 @@ class Result:
         """Reads a line of the file. A measure without a value is NaN; a KL without one is infinite: it diverged.
 
         Raises:
-            ValueError, TypeError, AttributeError: when the line is no result, or lacks a setting.
+            ValueError, TypeError, AttributeError: when the line is not a result, or lacks a setting.
         """
         found = json.loads(line)
         own = {field.name for field in fields(cls)} - {"length", "values_of"}
@@ -97,7 +97,7 @@ def read_results(path: Path) -> list[Result]:
     try:
         *lines, last = path.read_text(encoding="utf-8").split("\n")
     except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: this is no file of results ({error})") from None
+        raise UserError(f"{path}: this is not a file of results ({error})") from None
     if _is_whole(last):
         lines.append(last)
     results: dict[tuple[Any, ...], Result] = {}
@@ -105,7 +105,7 @@ def read_results(path: Path) -> list[Result]:
         try:
             result = Result.of_json(line)
         except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}:{number}: this is no result of the study ({error}); remove the line") from None
+            raise UserError(f"{path}:{number}: this is not a result of the study ({error}); remove the line") from None
         key = result.identity, "" if result.is_of_training else result.arm
         if key in results and not result.is_of_training:  # measured again, because there were more judges
             before = results[key]

@@ -310,7 +310,7 @@ def test_a_line_that_is_not_a_result_is_named(tmp_path, line):
         line = json.dumps(json.loads(path.read_text()) | json.loads(line))
     with path.open("a") as stream:
         stream.write(f"{line}\n")
-    with pytest.raises(UserError, match=r"results.jsonl:2: this is no result of the study \("):
+    with pytest.raises(UserError, match=r"results.jsonl:2: this is not a result of the study \("):
         read_results(path)
 
 
@@ -323,7 +323,7 @@ def test_places_of_benchmarks_and_overrides_may_follow_each_other():
     ("arguments", "message"),
     [
         (["--arms", "kdd"], "there is no 'kdd'"),
-        (["--pairs", "missing.test"], "--pairs missing.test: this is no file of pairs"),
+        (["--pairs", "missing.test"], "--pairs missing.test: this is not a file of pairs"),
         (["--questions", "piqa=missing"], "--questions piqa=missing: expected BENCHMARK=FOLDER"),
         (["--arms", "kd", "student.layer=3"], "student.layer"),
         (["--questions", "corpus.sourc=files"], "corpus.sourc"),
