@@ -395,7 +395,7 @@ class Runner:
 def describe_source(teacher: Teacher, text: Text, held_out: Text, dictionary: str) -> dict[str, Any]:
     """Returns what binds results to a text, a teacher and a sense dictionary, whose digest is given.
 
-    In addition to the digest of all these they are facts for the report: the teacher's shape, the tokens of the training text
+    These are the digest of all of them, and facts for the report: the teacher's shape, the tokens of the training text
     and of a sequence, and the positions of each part of the held-out text.
     """
     model = teacher.causal_lm.config

@@ -1,4 +1,4 @@
-"""The command line: a module for each verb of `dskd`, with its parser and its run function, and three that are not verbs
+"""The command line: a module for each verb of `dskd`, with its parser and its run function, and three others
 (`program`, `launching` and `results`).
 
 program    shared by all programs: arguments, overrides, ranks, exit codes

@@ -66,8 +66,8 @@ def explain(errors: Sequence[Any], data: dict[str, Any]) -> list[tuple[str, str]
     for error in errors:
         if error["type"] == "default_factory_not_called":  # a default that depends on another key, which is wrong
             continue
-        # Each member of a union reports its own error. The part of the location that names the member is not a key of the
-        # file, so keep only parts that lead from `data` to the value, or name a key that is missing.
+        # Each member of a union reports its own error. The part of the location that names the member is not a key of
+        # the file, so keep only parts that lead from `data` to the value, or name a key that is missing.
         location = [str(part) for part in error["loc"]]
         keys: list[str] = []
         here: Any = data

@@ -95,7 +95,7 @@ def sense_loss(
                     [attraction, (hinge * push).sum(), torch.zeros_like(attraction), active.sum(), far.sum()]
                 )
             if gradient is not None:
-                # The gradient for h is Σ_k w_k · 2(h - s_k) / D; w_k is the derivative with respect to row k's distance.
+                # The gradient for h is Σ_k w_k · 2(h - s_k) / D; w_k is the derivative for the distance of row k.
                 pulled = (1.0 if is_own else synonym_weight) * pull.to(states.dtype)
                 weights = torch.cat([pulled, -antonym_weight * (push * active).to(states.dtype)], dim=-1)
                 towards = torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
