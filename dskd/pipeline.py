@@ -32,7 +32,7 @@ from dskd.corpus.written import write as writing
 from dskd.distributed import stopping
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.evaluation import held_out_text, tasks
+from dskd.evaluation.evaluations import PROGRAMS, Program
 from dskd.evaluation.results_in_cards import update_cards
 from dskd.lexicon import build as lexicon
 from dskd.lexicon.wordnet import open_wordnet
@@ -152,6 +152,15 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str], teacher: F
         recipe = student.recipe(config, teacher())
         return is_current(config.path(kinds.STUDENT.folder), recipe) and copies_are_current(config, teacher())
 
+    def evaluation(program: Program) -> Stage | None:
+        part = program.in_pipeline
+        if part is None or (names := part.names(config)) is None:
+            return None
+        option = [f"--{program.option}"] if program.option else []
+        return Stage(
+            part.stage, lambda: part.are_current(config, names, teacher()), ranks("evaluate.py", *option, *names)
+        )
+
     stages = [
         stage(kinds.LEXICON, lambda: lexicon.recipe(config), lambda: lexicon.build_lexicon(config)),
         stage(kinds.CORPUS, lambda: corpus.recipe(config, teacher), lambda: corpus.build_corpus(config, teacher)),
@@ -179,13 +188,7 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str], teacher: F
         stages.insert(0, from_gguf)  # first, so that a file that does not fit is refused before the corpus is read
     for name in config.run_names:
         stages += _run_stages(load_config(path, [*overrides, run_override(name)]), path, overrides, teacher)
-    stages.append(
-        Stage(kinds.EVALUATION.name, lambda: held_out_text.are_current(config, teacher()), ranks("evaluate.py"))
-    )
-    if names := config.tasks.evaluate:
-        stages.append(
-            Stage("tasks", lambda: tasks.are_current(config, names, teacher()), ranks("evaluate.py", "--tasks", *names))
-        )
+    stages += (evaluated for program in PROGRAMS if (evaluated := evaluation(program)) is not None)
     return stages
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from dskd.cli.program import add_config_arguments, add_verb
 from dskd.config.reading import load_config
 from dskd.errors import UserError
-from dskd.evaluation.table import EVALUATIONS
+from dskd.evaluation.evaluations import EVALUATIONS
 
 HELP = "compare runs: settings, measures with intervals and tests, speed, cost; --html writes a report"
 DESCRIPTION = """

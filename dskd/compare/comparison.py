@@ -12,8 +12,8 @@ from dskd.compare.metrics import EVALUATED, TERMS, Best, History, read_metrics
 from dskd.compare.results import Results, read_results
 from dskd.config import Config
 from dskd.errors import UserError
+from dskd.evaluation.evaluations import HELD_OUT
 from dskd.evaluation.scores_by_example import Examples, Measure
-from dskd.evaluation.table import HELD_OUT
 from dskd.tracking import TrackedRun
 
 

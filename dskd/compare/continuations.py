@@ -7,8 +7,8 @@ from dskd.artifacts.manifest import read_file
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.evaluation.continued_texts import CONTINUATIONS_TABLE, ContinuationTable, parse_continuations
+from dskd.evaluation.evaluations import HELD_OUT
 from dskd.evaluation.models import TEACHER, UNTRAINED_STUDENT
-from dskd.evaluation.table import HELD_OUT
 from dskd.tracking import TrackedRun, read_artifact
 
 _LONGEST_PROMPT = 160  # characters that are shown of a prompt, its last ones

@@ -10,10 +10,10 @@ from dskd.compare.metrics import EVALUATED
 from dskd.config import Config
 from dskd.errors import UserError, listed
 from dskd.evaluation import held_out_text
+from dskd.evaluation.evaluations import BENCHMARKS, EVALUATIONS, HELD_OUT, Evaluation
 from dskd.evaluation.models import TEACHER, UNTRAINED_STUDENT
 from dskd.evaluation.scores_by_example import Examples, Measure, read_examples
 from dskd.evaluation.suite import EXAMPLES_FILE
-from dskd.evaluation.table import BENCHMARKS, EVALUATIONS, HELD_OUT, Evaluation
 from dskd.tracking import TrackedRun, read_artifact
 
 

@@ -14,7 +14,7 @@ from dskd.compare.statistics import INTERVAL
 from dskd.config import Config
 from dskd.console import table
 from dskd.errors import UserError
-from dskd.evaluation.table import HELD_OUT
+from dskd.evaluation.evaluations import HELD_OUT
 
 PICTURE = "curves.png"
 _WIDTH = 110  # characters of a line of text

@@ -31,10 +31,10 @@ from dskd.distributed.collectives import main_first, on_main, sum_over_ranks
 from dskd.distributed.node_cache import open_node_cache
 from dskd.distributed.world import World
 from dskd.evaluation import continued_texts, suite
+from dskd.evaluation.evaluations import HELD_OUT
 from dskd.evaluation.models import TEACHER, Candidate, candidates, load_candidate, same_on_all_ranks
 from dskd.evaluation.scores_by_example import Examples, Measure, save_examples
 from dskd.evaluation.suite import EXAMPLES_FILE, Measurement, Outcome
-from dskd.evaluation.table import HELD_OUT
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel
 from dskd.models.output_head import OutputHead

@@ -11,9 +11,9 @@ from dskd.artifacts.manifest import Manifest, read_file, read_manifest
 from dskd.config import Config
 from dskd.console import warn
 from dskd.errors import UserError
+from dskd.evaluation.evaluations import EVALUATIONS, Evaluation
 from dskd.evaluation.models import LABELS, TEACHER, UNTRAINED_STUDENT
 from dskd.evaluation.suite import FILE
-from dskd.evaluation.table import EVALUATIONS, Evaluation
 from dskd.training.exporting.card import FACTS, Result, render_card, write_card
 
 

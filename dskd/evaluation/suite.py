@@ -1,7 +1,7 @@
 """The steps that all evaluations share: skip what is up to date, load each model once, measure, publish, track.
 
 An evaluation is a module that gives :func:`find_stale` one :class:`Measurement` for each model, with its recipe, and
-:func:`run` a function that measures a loaded model. :mod:`dskd.evaluation.table` says what else it needs.
+:func:`run` a function that measures a loaded model. :mod:`dskd.evaluation.evaluations` says what else it needs.
 """
 
 import functools
@@ -17,8 +17,8 @@ from dskd.config import Config
 from dskd.console import say, stage
 from dskd.distributed.collectives import on_main
 from dskd.distributed.world import World
+from dskd.evaluation.evaluations import Evaluation
 from dskd.evaluation.models import Candidate, load_candidate
-from dskd.evaluation.table import Evaluation
 from dskd.models.frozen import FrozenModel
 from dskd.tracking import forget_unlogged, log_results, note_unlogged, read_unlogged
 

@@ -25,10 +25,10 @@ from dskd.distributed.collectives import gather_json, main_first, on_main
 from dskd.distributed.world import World
 from dskd.evaluation import suite
 from dskd.evaluation.batching import batches_by_length, padded
+from dskd.evaluation.evaluations import BENCHMARKS
 from dskd.evaluation.models import Candidate, candidates, choose, same_on_all_ranks
 from dskd.evaluation.scores_by_example import Measure, metadata_of
 from dskd.evaluation.suite import EXAMPLES_FILE, FILE, Measurement, Outcome
-from dskd.evaluation.table import BENCHMARKS
 from dskd.evaluation.task_questions import Task, load_task, require_same_data
 from dskd.evaluation.task_scoring import answer_of, measures_of, score_of, weights_of
 from dskd.models.folder import ModelFolder

@@ -15,9 +15,9 @@ from tiny_work import NO_RUNS
 from dskd.compare.comparison import make_comparison
 from dskd.compare.text import compare
 from dskd.config.reading import load_config
+from dskd.evaluation.evaluations import EVALUATIONS
 from dskd.evaluation.held_out_text import EXAMPLES_FILE, MEASURES
 from dskd.evaluation.scores_by_example import Examples, save_examples
-from dskd.evaluation.table import EVALUATIONS
 from dskd.tracking import log_results
 
 pytestmark = pytest.mark.slow

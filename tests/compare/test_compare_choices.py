@@ -10,9 +10,9 @@ from dskd.cli.results import compare_or_explain
 from dskd.compare.choosing import Selection
 from dskd.compare.comparison import make_comparison
 from dskd.config.reading import load_config
+from dskd.evaluation.evaluations import EVALUATIONS
 from dskd.evaluation.held_out_text import EXAMPLES_FILE
 from dskd.evaluation.scores_by_example import save_examples
-from dskd.evaluation.table import EVALUATIONS
 from dskd.tracking import log_results
 
 pytestmark = pytest.mark.slow

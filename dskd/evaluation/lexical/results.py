@@ -13,12 +13,12 @@ from dskd.artifacts.manifest import Manifest
 from dskd.config import Config
 from dskd.console import table
 from dskd.evaluation import held_out_text
+from dskd.evaluation.evaluations import HELD_OUT, LEXICAL
 from dskd.evaluation.lexical.alignment import MEASURES as OF_POSITIONS
 from dskd.evaluation.lexical.scores import Item, columns_of, summarize
 from dskd.evaluation.models import TEACHER, UNTRAINED_STUDENT, Candidate
 from dskd.evaluation.scores_by_example import Examples, Measure, read_examples, save_examples, standard_error
 from dskd.evaluation.suite import EXAMPLES_FILE, FILE, Measurement, Outcome
-from dskd.evaluation.table import HELD_OUT, LEXICAL
 
 ITEMS_FILE = "items.parquet"
 _ITEMS_SCHEMA = pa.schema(  # the fields of an Item, in their order

@@ -13,6 +13,7 @@ from dskd.console import say
 from dskd.distributed.collectives import main_first, on_main
 from dskd.distributed.world import World
 from dskd.evaluation import held_out_text, suite
+from dskd.evaluation.evaluations import LEXICAL
 from dskd.evaluation.held_out_text import HeldOutInputs, HeldOutText
 from dskd.evaluation.lexical import alignment, preference, retrieval, separation, wic
 from dskd.evaluation.lexical.items import Items, build_items, load_items
@@ -21,7 +22,6 @@ from dskd.evaluation.lexical.scores import Item, area
 from dskd.evaluation.lexical.states import TARGET, WORD, Tokens, read_likelihoods, read_states
 from dskd.evaluation.models import Candidate, candidates, choose, same_on_all_ranks
 from dskd.evaluation.suite import Measurement, Outcome
-from dskd.evaluation.table import LEXICAL
 from dskd.models.frozen import FrozenModel
 from dskd.models.limits import check_text
 from dskd.models.precision import resolve_precision

@@ -11,7 +11,7 @@ from tiny_models import save_model
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Manifest, Recipe
 from dskd.config import Config, LossConfig
-from dskd.evaluation.card_sections import HELD_OUT
+from dskd.evaluation.evaluations import HELD_OUT
 from dskd.models import smollm2
 from dskd.models.digests import digest_of_model
 from dskd.models.folder import ModelFolder
@@ -131,7 +131,11 @@ def test_held_out_text_has_the_name_of_its_dataset_if_that_is_known(tmp_path, te
 
 def test_large_numbers_have_no_exponent():
     values = {"perplexity": 28_693_210.6, "kl_from_teacher": 0.123456, "accuracy": 0.00001}
-    assert HELD_OUT.rows(values) == {"perplexity": "28,690,000", "kl from teacher": "0.1235", "accuracy": "1e-05"}
+    assert HELD_OUT.in_card.rows(values) == {
+        "perplexity": "28,690,000",
+        "kl from teacher": "0.1235",
+        "accuracy": "1e-05",
+    }
 
 
 @pytest.mark.parametrize("has_template", [True, False])
