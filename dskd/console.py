@@ -66,8 +66,8 @@ def stage(name: str, *, reads: Sequence[Path | str], writes: Path | str) -> Iter
 
 
 def gigabytes(size: float) -> str:
-    """Returns `size`, in bytes, as text in GB (2^30 bytes)."""
-    return f"{size / GB:,.2f} GB"
+    """Returns `size`, in bytes, as text in GB (2^30 bytes), or in MB (2^20 bytes) if it is less than 0.01 GB."""
+    return f"{size / GB:,.2f} GB" if size >= 0.01 * GB else f"{size / 2**20:.2f} MB"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:

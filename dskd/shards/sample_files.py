@@ -42,8 +42,7 @@ class SampleInFile:
         for part in parts:
             found.update(part)
         if found.digest() != self.digest:
-            name = Path(self.file).name
-            raise ValueError(f"{name} has changed: its sample {self.number} is not what the index says")
+            raise ValueError(f"{self.file} has changed: its sample {self.number} is not what the index says")
 
 
 class MappedFiles:
@@ -55,22 +54,29 @@ class MappedFiles:
     def open(self, path: str, size: int) -> memoryview:
         """Maps a file of `size` bytes.
 
+        Call this before each read: a file that was mapped can become shorter, and reading past its end would kill the
+        process with a bus error.
+
         Raises:
             FileNotFoundError: if there is none; a dataset then fetches it.
-            ValueError: if it has another size. Reading past the end of a map would kill the process.
+            ValueError: if it has another size.
         """
         if path in self._maps:
             self._maps.move_to_end(path)
+            _require_size(path, self._maps[path].obj.size(), size)
             return self._maps[path]
         with Path(path).open("rb") as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size:
-                raise ValueError(f"{Path(path).name} has {found:,} bytes, but the index says {size:,}")
+            _require_size(path, os.fstat(file.fileno()).st_size, size)
             mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         self._maps[path] = mapped
         if len(self._maps) > _OPEN_FILES:
             self._maps.popitem(last=False)
         return mapped
+
+
+def _require_size(path: str, found: int, size: int) -> None:
+    if found != size:
+        raise ValueError(f"{path} has {found:,} bytes, but the index says {size:,}")
 
 
 class SampleReader:

@@ -43,8 +43,8 @@ def _flip(path, place):
 
 def test_unchanged_shards_are_reported_with_their_numbers(config):
     text = format_shards(inspect_shards(config))
-    assert "train: 7 samples in 3 files, 0.00 GB: as they were written (compared 2 sample by sample, 1 as" in text
-    assert "validation: 7 samples in 3 files, 0.00 GB: as they were written (compared 3 as a whole)" in text
+    assert "train: 7 samples in 3 files, 0.01 MB: as they were written (compared 2 sample by sample, 1 as" in text
+    assert "validation: 7 samples in 3 files, 0.01 MB: as they were written (compared 3 as a whole)" in text
 
 
 def test_changed_bytes_are_found_with_their_file_and_sample(config):

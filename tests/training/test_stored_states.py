@@ -28,7 +28,7 @@ from dskd.tracking import read_history, read_runs
 from dskd.training import checkpoint, inputs
 from dskd.training.exporting.export import build_export
 from dskd.training.status import report_status
-from dskd.training.teacher_source import TeacherSource
+from dskd.training.teacher_source import TeacherSource, as_annotated
 from dskd.training.train import train
 
 pytestmark = pytest.mark.slow
@@ -324,6 +324,25 @@ def test_a_teacher_is_loaded_if_the_shards_have_none_of_its_states(copy_of_tiny)
         assert source.describe(config).startswith(line)
     with pytest.raises(UserError, match=r"annotation\.store names teacher_states, but these shards .* make them again"):
         inputs.load_inputs(load_config(path, ["teacher.mode=cached", last, "annotation.teacher_top_n=0"]))
+    with pytest.raises(
+        UserError, match=r"hold nothing of the teacher; .* set annotation\.store to \[teacher_states\], or"
+    ):
+        inputs.load_inputs(load_config(path, ["teacher.mode=cached", "annotation.teacher_top_n=0"]))
+
+
+def test_cached_reads_whatever_the_shards_have(stored, world):
+    """The config names no states, as that of a colleague who uses shards that exist."""
+    config = load_config(stored, ["teacher.mode=cached", WITHOUT_STATES, "loss.hidden_weight=2"])
+    source = inputs.load_inputs(config).source
+    assert (source.kind, source.reads_trunk) == ("states", True)
+    planned = as_annotated(config, inputs.load_inputs(config).shards)
+    assert planned.annotation.store == ("teacher_states", "trunk_states")
+    assert TeacherSource.planned(planned).kind == "states"
+    with pytest.raises(UserError, match=r"teacher_top_n: 4, but .* holds teacher_states, .*; set it to 0"):
+        inputs.load_inputs(load_config(stored, ["teacher.mode=cached", WITHOUT_STATES, "annotation.teacher_top_n=4"]))
+    # Annotation would make them again, without states.
+    with pytest.raises(UserError, match="hidden_weight needs the teacher's states, which"):
+        annotate(config, world)
 
 
 @pytest.mark.parametrize(
