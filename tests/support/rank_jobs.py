@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -369,14 +370,17 @@ def continuations_by_ranks(folder: Path, config: Config, environment: dict[str, 
 
 
 def run_harness(asked: Sequence[tuple[Path, Sequence[str]]], environment: dict[str, str], log: Path) -> None:
-    """Runs `lm_eval` in each of the folders with the arguments next to it, in a process that is no rank of a job."""
+    """Runs `lm_eval` in each of the folders with the arguments next to it, in a process that is not a rank of a job."""
 
     def run() -> None:
         for name in environment.keys() & {*LAUNCHER_VARIABLES, "MASTER_ADDR", "MASTER_PORT"}:
             os.environ.pop(name)
         os.environ |= {"HF_DATASETS_CACHE": str(asked[0][0] / "datasets"), "TOKENIZERS_PARALLELISM": "false"}
         from lm_eval.__main__ import cli_evaluate
+        from lm_eval.tasks import TaskManager
 
+        # It would read the definitions of its own tasks too, of which there are thousands, each time that it runs.
+        TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)
         for folder, arguments in asked:
             os.chdir(folder)
             sys.argv = ["lm_eval", *arguments]
