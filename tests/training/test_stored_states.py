@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 import yaml
 from artifact_folders import update_manifest
 from config_files import write_config
-from rank_processes import run_program
+from rank_processes import finish, run_program, start_ranks, wait_for_checkpoint
 from safetensors.torch import load_file
 from stages import build_sequences_of
 from tiny_work import BEFORE_TRAINING, NO_RUNS, TINY, copy_work
@@ -328,6 +329,21 @@ def test_a_teacher_is_loaded_if_the_shards_have_none_of_its_states(copy_of_tiny)
         UserError, match=r"hold nothing of the teacher; .* set annotation\.store to \[teacher_states\], or"
     ):
         inputs.load_inputs(load_config(path, ["teacher.mode=cached", "annotation.teacher_top_n=0"]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_that_become_shorter_end_training_like_a_mistake_and_are_named(copy_of_stored, workers):
+    path = copy_of_stored(train={**SETTINGS, "num_workers": workers, "steps": 3000, "checkpoint_every": 2})
+    config = load_config(path)
+    ranks = start_ranks("train.py", path, ranks=2)
+    wait_for_checkpoint(config)
+    for file in config.path("shards", "train").glob("*.mds"):
+        os.truncate(file, 4096)
+    ended = finish(ranks, check=False)
+    assert ended.exit_code == 2, ended.output
+    assert re.search(r"error: .*/shard\.\d+\.mds has 4,096 bytes, but the index says", ended.output), ended.output
+    assert "Traceback" not in ended.output
+    assert "/dev/shm" not in ended.output
 
 
 def test_cached_reads_whatever_the_shards_have(stored, world):
