@@ -325,9 +325,7 @@ def test_a_teacher_is_loaded_if_the_shards_have_none_of_its_states(copy_of_tiny)
         assert source.describe(config).startswith(line)
     with pytest.raises(UserError, match=r"annotation\.store names teacher_states, but these shards .* make them again"):
         inputs.load_inputs(load_config(path, ["teacher.mode=cached", last, "annotation.teacher_top_n=0"]))
-    with pytest.raises(
-        UserError, match=r"hold nothing of the teacher; .* set annotation\.store to \[teacher_states\], or"
-    ):
+    with pytest.raises(UserError, match=r"teacher_top_n: 0, but .* holds the teacher's 4 most probable tokens"):
         inputs.load_inputs(load_config(path, ["teacher.mode=cached", "annotation.teacher_top_n=0"]))
 
 
