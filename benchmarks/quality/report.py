@@ -31,7 +31,7 @@ GPU those of a clock.
 A difference is between an arm and one that it has to beat, seed by seed; it is **bold** if the p-value of its paired
 t test, corrected by Holm's method over all differences of the measure, is below {threshold:.0%}.
 {at_chance}: the teacher is less than two standard errors above chance, so no differences are shown. For choice and
-preference, chance is the untrained student's score. `opposites new` has the pairs that the study's own lexicon lacks."""
+preference, chance is the untrained student's score. `opposites new` has the pairs that the study's lexicon lacks."""
 _ON_LOOKS = (
     "Leads, not results: no difference is bold. The means of a table are over the seeds that all of its arms have."
 )
