@@ -194,6 +194,21 @@ def _rank_0_has_reported(end: StopRequest) -> bool:
     return True
 
 
+def run_stage(description: str | None, epilog: str, build: Callable[..., object], *, help_of_force: str) -> NoReturn:
+    """Runs a program of `launcher/` that builds an artifact on all ranks, and whose only option is `--force`.
+
+    Args:
+        description: what the program does, for its help.
+        epilog: its examples.
+        build: called with the config, the ranks and `force=`; it imports what it needs, so that `--help` is quick.
+        help_of_force: the help of `--force`.
+    """
+    parser = build_parser(description, epilog)
+    parser.add_argument("--force", action="store_true", help=help_of_force)
+    args = parse(parser)
+    run_on_ranks(args, lambda config, world: build(config, world, force=args.force))
+
+
 def run_on_ranks(args: argparse.Namespace, action: Callable[[Config, World], object]) -> NoReturn:
     """Reads the config, joins the ranks, calls `action` with both, and exits; handles errors like :func:`run`."""
     from dskd.distributed.peers import meet_peers  # imported here so that --help does not wait for torch
