@@ -49,10 +49,10 @@ def synonym_targets(
     synonyms: torch.Tensor,
     share: float,
 ) -> torch.Tensor:
-    """Returns what the mean cross-entropy grows by if a share of a target's mass goes to it and its synonyms.
+    """Returns the increase in mean cross-entropy when a share of a target's mass goes to it and its synonyms.
 
     The synonyms [N, C] and the target divide the `share` as the teacher's probabilities do. The cross-entropy with any
-    target distribution is log Σ exp z minus the mean of z over it, so the growth is share · (z(target) - mean z).
+    target distribution is log Σ exp z minus the mean of z over it, so the increase is share · (z(target) - mean z).
     """
     at = (synonyms >= 0).any(-1).nonzero().squeeze(-1)
     if not len(at):

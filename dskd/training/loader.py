@@ -128,7 +128,7 @@ class Unreadable:
         else:
             again = f"{folder} has the same files, and `dskd inspect shards --config FILE` compares their content"
         return cls(
-            f"{shards.place(config, 'train')}: a shard of the training data cannot be read ({reason_of(error)}); "
+            f"{shards.location_of(config, 'train')}: a shard of the training data cannot be read ({reason_of(error)}); "
             f"restore the file, or your access to it, and continue with --resume. {again}",
             is_temporary=not shards.is_lasting(error),
         )

@@ -122,7 +122,7 @@ def test_tracking_can_be_off(tmp_path):
         tracking_config(tmp_path, enabled=False), ONE_RANK, tags={}, start=Start(device_hours=2.0)
     )
     tracking.log_metrics({"a": 1.0}, 1)
-    tracking.before_checkpoint()
+    tracking.save_unsent()
     tracking.finish("FINISHED")
     assert (tracking.run_id, tracking.device_hours) == (None, 2.0)
     assert not list(tmp_path.iterdir())
