@@ -64,10 +64,10 @@ def synonym_targets(
     return share * (student[:, 0] - (shares * student.masked_fill(missing, 0)).sum(-1)).sum() / len(states)
 
 
-def entropies(states: torch.Tensor, matrix: torch.Tensor, chunk: int = 256) -> torch.Tensor:
+def entropies(states: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Returns the entropy [N], in nats and on the CPU, of the next token after states [N, D]."""
     found = []
-    for part in states.split(chunk):
+    for part in states.split(256):
         log_shares = F.linear(part.to(matrix.device), matrix).log_softmax(-1)
         found.append(-(log_shares.exp() * log_shares).sum(-1).cpu())
     return torch.cat(found)
