@@ -49,7 +49,7 @@ class MappedFiles:
     """The shard files that were mapped last. A map lives on as long as there are arrays in it."""
 
     def __init__(self) -> None:
-        self._maps: OrderedDict[str, memoryview] = OrderedDict()
+        self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
 
     def open(self, path: str, size: int) -> memoryview:
         """Maps a file of `size` bytes.
@@ -63,15 +63,15 @@ class MappedFiles:
         """
         if path in self._maps:
             self._maps.move_to_end(path)
-            _require_size(path, self._maps[path].obj.size(), size)
-            return self._maps[path]
+            _require_size(path, self._maps[path].size(), size)  # of the file now
+            return memoryview(self._maps[path])
         with Path(path).open("rb") as file:
             _require_size(path, os.fstat(file.fileno()).st_size, size)
-            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._maps[path] = mapped
         if len(self._maps) > _OPEN_FILES:
             self._maps.popitem(last=False)
-        return mapped
+        return memoryview(mapped)
 
 
 def _require_size(path: str, found: int, size: int) -> None:
