@@ -94,7 +94,7 @@ class TeacherSource:
 
 
 def why_unread(config: Config, held: Collection[str], read: Collection[str]) -> str | None:
-    """Returns which of the columns of states that shards hold training does not read, why, and what to set.
+    """Returns which stored columns training does not read, why, and what to set.
 
     Args:
         config: the experiment.
@@ -137,6 +137,18 @@ def _kind_of(config: Config, columns: Collection[str]) -> Kind:
     return "loaded" if config.teacher.mode == "auto" else "top_n"
 
 
+def as_annotated(config: Config, shards: Manifest | None) -> Config:
+    """Returns the config that also names the states in `shards` which training reads with `teacher.mode: cached`.
+
+    Training looks at the shards; with this config, :meth:`TeacherSource.planned` finds the same source.
+    """
+    if shards is None or config.teacher.mode != "cached":
+        return config
+    store = {*config.annotation.store, *TeacherSource.of(config, shards).columns}
+    in_order = tuple(column for column in (TEACHER_STATES, TRUNK_STATES) if column in store)
+    return config.model_copy(update={"annotation": config.annotation.model_copy(update={"store": in_order})})
+
+
 def reads_logits(kind: Kind, loss: LossConfig) -> bool:
     """Returns True if the head computes the teacher's logits from its states, for which it needs its output matrix."""
     return kind in ("loaded", "states") and loss.kd_weight > 0
@@ -152,7 +164,7 @@ def require_states(config: Config, source: TeacherSource) -> None:
     if source.kind == "top_n" and TEACHER_STATES in annotation.store and not annotation.teacher_top_n:
         raise UserError(
             f"{config.path(kinds.SHARDS.folder, 'train')}: annotation.store names teacher_states, but these shards "
-            f"were made without, so they have none; make them again with `{kinds.SHARDS.made_by}`, or set "
+            f"were made without them; make them again with `{kinds.SHARDS.made_by}`, or set "
             "teacher.mode to zero3"
         )
     if source.kind == "top_n" and (loss.hidden_weight or loss.compares_sense_distributions):
