@@ -50,5 +50,5 @@ def test_curves_and_comparisons_show_the_loss_and_its_terms_under_the_same_label
         "train/hidden": "hidden-state distance",
     }
     assert curve_titles() == expected
-    assert {metric: wording.label(metric) for metric in metrics.TERMS} == expected
+    assert {metric: wording.label(metric) for metric in metrics.CURVES} == expected
     assert wording.label("train/sense_own") == "sense own"
