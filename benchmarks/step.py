@@ -175,7 +175,12 @@ def _use_rows(result: dict[str, Any], where: str) -> list[list[str]]:
 
 def _flops(config: Config) -> dict[str, float]:
     is_cached = config.teacher.mode == "cached"
-    return step_flops(shape_of(config), shared_trunk=shares_trunk(config), stored_states=is_cached)
+    return step_flops(
+        shape_of(config),
+        shared_trunk=shares_trunk(config),
+        stored_states=is_cached,
+        position_share=config.loss.position_share,
+    )
 
 
 def shares_trunk(config: Config) -> bool:

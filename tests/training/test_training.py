@@ -29,7 +29,7 @@ from dskd.training import checkpoint
 from dskd.training.distribution_candidates import CandidateRows
 from dskd.training.exporting.export import build_export
 from dskd.training.inputs import load_inputs
-from dskd.training.positions import SensePositions
+from dskd.training.positions import SensePositions, TargetPositions
 from dskd.training.status import report_status
 from dskd.training.train import train
 
@@ -91,6 +91,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_in_the_same_tracked_run(t
             "kd_weight": 0.7,
             "temperature": 1.5,
             "lexical_weight": 1.4,
+            "position_share": 0.4,
             "hidden_weight": 2.0,
             "sense_weight": 0.8,
             "sense_form": "distribution",
@@ -129,7 +130,8 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
         lexical = [max(row) >= 0 for sample in samples for row in _rows(sample, "synonym_ids", "antonym_ids")]
         weights = torch.where(torch.tensor(lexical)[has_target], loss.get("lexical_weight", 1.0), 1.0)
         assert 0 < sum(lexical) < len(lexical)
-        weights = weights / weights.sum()
+        drawn = _drawn_targets(config, samples)[has_target]
+        weights = weights * drawn / (weights * drawn).sum()
         total = weights @ F.cross_entropy(logits, ids.roll(-1, dims=1).flatten()[has_target], reduction="none")
         if loss["kd_weight"]:
             temperature = loss["temperature"]
@@ -140,7 +142,7 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
                 log_target=True,
             )
             kl = weights @ kl.sum(-1)
-            distance = F.mse_loss(states[has_target], target_states[has_target])
+            distance = F.mse_loss(states[has_target][drawn], target_states[has_target][drawn])
             total = total + loss["kd_weight"] * temperature**2 * kl + loss["hidden_weight"] * distance
             divergences = _sense_divergences(config, step, samples, vectors, states, target_states)
             total = total + loss["sense_weight"] * torch.stack(divergences).mean()
@@ -163,6 +165,17 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
 def _rows(sample, *columns):
     """Returns the row numbers of each position, padded with -1."""
     return np.concatenate([sample[name] for name in columns], axis=-1).tolist()
+
+
+def _drawn_targets(config, samples):
+    """Returns where CE, KL and hidden-state distance are computed [B·T] bool."""
+    masks = torch.tensor(np.stack([sample["loss_mask"] for sample in samples])).bool()
+    if config.loss.position_share < 1:
+        rule = TargetPositions(derived_seed(config.seed, "train", "targets"), config.loss.position_share)
+        drawn = torch.stack([torch.from_numpy(rule.draw_each([{**sample, "epoch": 0}])[0]) for sample in samples])
+        assert 0.35 < drawn.sum() / masks.sum() < 0.45
+        return drawn.flatten()
+    return masks.flatten()
 
 
 def _sense_divergences(config, step, samples, vectors, states, target_states):
