@@ -129,12 +129,17 @@ class Spread:
 
 
 def take_turns(
-    variants: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 1, device: torch.device | None = None
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warm_up: int = 1,
+    device: torch.device | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Returns the seconds of each variant in each round.
 
     Every variant runs once in each round, in reverse order in every second round. The first `warm_up` rounds are not
-    counted.
+    counted. `clock` returns seconds.
     """
     device = device or default_device()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -142,11 +147,11 @@ def take_turns(
         names = list(variants)
         for name in names if number % 2 == 0 else reversed(names):
             _synchronize(device)
-            started = time.perf_counter()
+            started = clock()
             variants[name]()
             _synchronize(device)
             if number >= warm_up:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 
