@@ -33,6 +33,8 @@ CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge numactl
 PY     := $(VENV)/bin/python
 # Tests of one file share what they have made, so each file goes to one of two workers; most tests wait for something.
 # Skipped tests are listed with their reasons.
+# Dozens of processes import the same modules; without their compiled form each would compile them again.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs $(ARGS)
 
 .PHONY: quickstart smollm2 test test-fast test-cluster test-nvme test-gpu wheels check lint docs models env wordnet browser clean

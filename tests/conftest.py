@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import fcntl
 import functools
-import gc
 import importlib
 import os
 import subprocess
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cluster_lab.slurm
+import delayed_collection
 import pytest
 import torch
 import unsynced  # noqa: F401 - for its effect
 from cluster_lab import hosts
 from cluster_lab.hosts import Lab
 from cluster_lab.slurm import Slurm
-from rank_processes import IMPORTED_LATE
 from tiny_work import NO_RUNS, copy_work, make_database, make_tiny
 
 from dskd.__main__ import main
@@ -90,14 +89,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
-def pytest_collection_finish() -> None:
-    """Exempts everything imported so far from garbage collection.
-
-    DeepSpeed collects garbage whenever it builds an engine or destroys one. To search all imported objects each
-    time would take longer than most models of tests need for a step.
-    """
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Exempts the modules of tests, and all that they have imported, from garbage collection."""
+    delayed_collection.exempt_imports()
 
 
 def _make_once(
@@ -192,8 +187,7 @@ def world() -> World:
     With it comes what such code imports late, so that it is exempt from garbage collection too (see above).
     """
     world = initialize()
-    for name in IMPORTED_LATE:
-        importlib.import_module(name)
+    importlib.import_module("frozen_imports")
     return world
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from dskd.artifacts.disk_space import report_full_disk
 from dskd.artifacts.files import (
     flush_folder,
     make_folder,
     real_place,
     remove_tree,
     replace_folder,
-    report_full_disk,
     require_replaceable,
     share_files,
 )

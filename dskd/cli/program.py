@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dskd.artifacts.files import DISK_IS_FULL
+from dskd.artifacts.disk_space import DISK_IS_FULL
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.console import allow_any_text, say

@@ -1,10 +1,10 @@
 """The check that a model to be made fits into memory and onto the disk, before it is made."""
 
-import shutil
 from pathlib import Path
 
 import psutil
 
+from dskd.artifacts.disk_space import require_disk_space
 from dskd.console import gigabytes
 from dskd.errors import UserError
 
@@ -26,12 +26,7 @@ def require_room(numel: int, target: Path, what: str, *, key: str, remedy: str) 
         UserError: with both numbers, if it does not fit.
     """
     needed = round(_ROOM * FLOAT32_BYTES * numel)
-    place = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
-    if needed > (free := shutil.disk_usage(place).free):
-        raise UserError(
-            f"{target}: {what} need {gigabytes(needed)} of disk space, and {gigabytes(free)} are free; free some, or "
-            "set workdir to another disk"
-        )
+    require_disk_space(target, needed, what)
     if needed > (available := psutil.virtual_memory().available):
         raise UserError(
             f"{key}: {what} need {gigabytes(needed)} of memory, and {gigabytes(available)} are available; {remedy}"

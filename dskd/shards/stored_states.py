@@ -8,7 +8,6 @@ reads the very numbers that it would compute.
 Shapes: B sequences, T tokens, T' positions up to a sequence's last one with a target, D hidden.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from dskd.artifacts.building import Building
+from dskd.artifacts.disk_space import require_disk_space
 from dskd.artifacts.files import make_folder
 from dskd.config import Config, StudentConfig
 from dskd.console import gigabytes
@@ -124,13 +124,13 @@ def require_space(size: int, building: Building) -> None:
     """
     make_folder(building.folder.parent)
     written = sum(path.stat().st_size for path in building.folder.glob(".blocks/*/*.mds"))
-    free = shutil.disk_usage(building.folder.parent).free + written
-    if free < size:
-        raise UserError(
-            f"{building.folder.parent}: the states that annotation.store names need {gigabytes(size)}, but only "
-            f"{gigabytes(free)} are free; free some space (older shards stay until the new ones are complete), set "
-            "workdir to another disk, or store less"
-        )
+    require_disk_space(
+        building.folder.parent,
+        size,
+        "the states that annotation.store names",
+        remedy="set workdir to another disk, or store less; older shards stay until the new ones are complete",
+        already_written=written,
+    )
 
 
 def require_unchanged_input(teacher: FrozenModel, world: World) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
-from dskd.artifacts.files import report_full_disk
+from dskd.artifacts.disk_space import report_full_disk
 from dskd.artifacts.manifest import Recipe
 from dskd.config import Config, NewStudentConfig
 from dskd.console import say, stage

@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dskd.artifacts.building import Building
-from dskd.artifacts.files import make_folder, remove_tree, report_full_disk, write_text
+from dskd.artifacts.disk_space import report_full_disk, require_disk_space
+from dskd.artifacts.files import make_folder, remove_tree, write_text
 from dskd.artifacts.kinds import checkpoint_folder
 from dskd.artifacts.manifest import Recipe, is_current
 from dskd.config import Config, TrainConfig
-from dskd.console import gigabytes, say
+from dskd.console import say
 from dskd.distributed.collectives import barrier, on_main
 from dskd.distributed.world import World
 from dskd.errors import UserError
@@ -88,12 +89,12 @@ def require_space(engine: Any, config: Config) -> None:
 
     def check() -> None:
         make_folder(base)
-        free = shutil.disk_usage(base).free
-        if free < needed:
-            raise UserError(
-                f"{base}: a checkpoint needs {gigabytes(needed)}, but only {gigabytes(free)} are free; complete "
-                "checkpoints stay. Free some space, or set workdir to another disk, and continue with --resume"
-            )
+        require_disk_space(
+            base,
+            needed,
+            "a checkpoint",
+            remedy="set workdir to another disk, and continue with --resume; complete checkpoints stay",
+        )
 
     on_main(check)
 

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from dskd.artifacts.files import replace_folder, report_full_disk
-from dskd.console import gigabytes
-from dskd.errors import UserError
+from dskd.artifacts.disk_space import report_full_disk, require_disk_space
+from dskd.artifacts.files import replace_folder
 
 
 def universal_folder(checkpoint: Path) -> Path:
@@ -67,13 +66,12 @@ def make_universal(checkpoint: Path) -> None:
 def _require_space(checkpoint: Path) -> None:
     shares = sum(path.stat().st_size for path in checkpoint.glob("*_optim_states.pt"))
     needed = 2 * shares  # the pieces extracted from the shares and the merged result exist at the same time
-    free = shutil.disk_usage(checkpoint).free
-    if free < needed:
-        raise UserError(
-            f"{checkpoint}: resuming with another number of ranks needs {gigabytes(needed)} for a while, but only "
-            f"{gigabytes(free)} are free; free some space, set workdir to another disk, or resume with as many ranks "
-            "as before"
-        )
+    require_disk_space(
+        checkpoint,
+        needed,
+        "resuming with another number of ranks",
+        remedy="set workdir to another disk, or resume with as many ranks as before",
+    )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from tracked_results import losses_of
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
-from dskd.artifacts.files import report_full_disk
+from dskd.artifacts.disk_space import report_full_disk
 from dskd.artifacts.manifest import Recipe
 from dskd.cli.program import run
 from dskd.config.reading import load_config
@@ -61,7 +61,7 @@ def test_a_full_disk_stops_the_run_before_a_checkpoint_is_half_written(tiny, cop
     ended = run_program("train.py", config, ranks=2, check=False)
     assert ended.exit_code == 2, ended.output
     assert ended.output.count("error: ") == 1
-    assert "a checkpoint needs 0.00 GB, but only 0.00 GB are free; complete checkpoints stay" in ended.output
+    assert "not enough disk space for a checkpoint: 0.00 GB are needed, but only 0.00 GB are free" in ended.output
     assert "Traceback" not in ended.output
     assert checkpoint.latest(loaded, verify=True).step == 2
     assert [path.name for path in kinds.checkpoint_folder(loaded).glob(".step-*")] in ([], [".step-00000004.lock"])

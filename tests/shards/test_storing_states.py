@@ -250,7 +250,8 @@ def test_a_disk_without_room_for_the_states_is_refused(tmp_path, monkeypatch):
     building = Building(tmp_path / "shards" / "train", Recipe("shards"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * 2**30))
     require_space(2 * 2**30, building)
-    with pytest.raises(UserError, match=r"/shards: the states .* need 2\.01 GB, but only 2\.00 GB are free"):
+    message = r"/shards: not enough disk space for the states .*: 2\.01 GB are needed, but only 2\.00 GB are free"
+    with pytest.raises(UserError, match=message):
         require_space(2 * 2**30 + 10_000_000, building)
     # What an interrupted annotation has written is not needed again.
     block = building.folder / ".blocks" / "000000000000"

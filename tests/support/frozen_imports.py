@@ -1,9 +1,29 @@
-"""Imported last by the fork server: what it imported before is exempt from garbage collection, in its ranks too.
+"""What tests use late, imported at once and exempt from garbage collection, in a process and the ranks it forks.
 
-conftest.py has the reason, and does the same for pytest's own processes.
+DeepSpeed compiles Muon's kernels whatever the optimizer is; transformers imports an architecture, and MLflow its store,
+at first use.
 """
 
 import gc
+import importlib
 
-gc.collect()
-gc.freeze()
+from delayed_collection import exempt_imports
+
+gc.disable()  # again, in a process that has called `exempt_imports` before
+for _name in (
+    "unsynced",
+    "forked_rank",
+    "deepspeed.runtime.engine",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "transformers.models.llama.modeling_llama",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.system_metrics.system_metrics_monitor",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.pyplot",
+    "setuptools",
+    "torch.distributed.checkpoint",
+    "dskd.shards.dataset",
+):
+    importlib.import_module(_name)
+exempt_imports()

@@ -24,24 +24,6 @@ from dskd.distributed.world import World
 
 ONE_RANK = World(0, 1, 0, torch.device("cpu"))
 _NUMBERS = itertools.count()  # of the files to which ranks print
-# What the fork server imports in addition to what programs import when they start: DeepSpeed compiles Muon's kernels
-# whatever the optimizer is; transformers imports an architecture, and MLflow its store, at first use.
-IMPORTED_LATE = [
-    "unsynced",
-    "forked_rank",
-    "deepspeed.runtime.engine",
-    "deepspeed.runtime.superoffload.superoffload_stage3",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "transformers.models.llama.modeling_llama",
-    "mlflow.store.tracking.sqlalchemy_store",
-    "mlflow.system_metrics.system_metrics_monitor",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.pyplot",
-    "setuptools",
-    "torch.distributed.checkpoint",
-    "dskd.shards.dataset",
-    "frozen_imports",  # last
-]
 
 
 @dataclass(frozen=True)
@@ -158,7 +140,7 @@ def _fork_server() -> Any:
         [*(str(REPOSITORY / place) for place in ("tests/support", ".")), *([before] if before else [])]
     )
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED_LATE)
+    context.set_forkserver_preload(["frozen_imports"])
     first = context.Process(target=os.getpid)  # the server starts, and imports, with its first process
     first.start()
     first.join()

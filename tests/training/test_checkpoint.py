@@ -207,7 +207,8 @@ def test_space_for_the_universal_form_is_checked_before_anything_is_written(copy
     newest = checkpoint.latest(load_config(copy_of_tiny("checkpoints")))
     before = sorted(newest.path.parent.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
-    with pytest.raises(UserError, match=r"another number of ranks needs .* GB for a while, but only 0.00 GB are free"):
+    message = "for resuming with another number of ranks: .* GB are needed, but only 0.00 GB are free"
+    with pytest.raises(UserError, match=message):
         make_universal(newest.path)
     assert sorted(newest.path.parent.iterdir()) == before
 
@@ -217,7 +218,7 @@ def test_a_full_disk_is_reported_before_anything_is_trained(copy_of_tiny, world,
     sizes = []
     real = checkpoint_writing.required_bytes
     monkeypatch.setattr(checkpoint_writing, "required_bytes", lambda engine: sizes.append(real(engine)) or 10**18)
-    with pytest.raises(UserError, match=r"a checkpoint needs 931,322,574.62 GB, but only .* free.*--resume"):
+    with pytest.raises(UserError, match=r"for a checkpoint: 931,322,574.62 GB are needed, but only .*--resume"):
         train(config, world, overwrite=True)
     newest = checkpoint.latest(config)
     assert newest.step == 6

@@ -11,7 +11,7 @@ from typing import Any
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import Building
-from dskd.artifacts.files import report_full_disk
+from dskd.artifacts.disk_space import report_full_disk
 from dskd.artifacts.hashing import MANIFEST_NAME, digest_of_json
 from dskd.artifacts.manifest import Recipe, is_current, read_manifest
 from dskd.config import Config

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
-from dskd.artifacts.files import report_full_disk
+from dskd.artifacts.disk_space import report_full_disk
 from dskd.artifacts.manifest import Recipe
 from dskd.config import Config
 from dskd.console import say, stage, warn

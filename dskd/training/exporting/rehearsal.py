@@ -11,7 +11,8 @@ import psutil
 import torch
 
 from dskd.artifacts import kinds
-from dskd.artifacts.files import make_folder, remove_tree, report_full_disk
+from dskd.artifacts.disk_space import report_full_disk
+from dskd.artifacts.files import make_folder, remove_tree
 from dskd.config import Config
 from dskd.console import gigabytes, say
 from dskd.distributed.collectives import on_main
