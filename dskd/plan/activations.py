@@ -123,10 +123,11 @@ def student_activations(
             shape = batch.size, batch.length
             with live.uncounted():  # dskd.plan.memory counts the loader's batches
                 loaded = loaded_tensors(batch, hidden_size, dtype)
+                loaded.pop("drawn_targets", None)  # `_HeadOfOneChunk` knows how many can be drawn
                 # If the device holds all rows of the dictionary, one of them represents all.
                 if "senses" in loaded:
                     loaded["senses"].setdefault("sense_rows", torch.empty(1, hidden_size, dtype=torch.bfloat16))
-            loaded.pop("input_ids"), loaded.pop("position_ids", None), loaded.pop("drawn_targets", None)
+            loaded.pop("input_ids"), loaded.pop("position_ids", None)
             # The teacher's states and the student's inputs are held until the backward pass is over.
             teacher_hidden, states = (loaded.pop(column, None) for column in (TEACHER_STATES, TRUNK_STATES))
             if with_teacher and teacher_hidden is None:
