@@ -197,7 +197,7 @@ def _run_gkd(config: Config, args: argparse.Namespace) -> dict[str, float]:
             args=settings,
             data_collator=collate,
             train_dataset=Dataset.from_dict({"input_ids": tokens}),
-            processing_class=teacher.load_tokenizer(),
+            processing_class=teacher.tokenizer,
             callbacks=[StepCounter()],
         )
         trainer.train()

@@ -136,7 +136,7 @@ def take_turns(
     device: torch.device | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Returns the seconds of each variant in each round.
+    """Returns the seconds of each variant in each round; with `time.process_time` as `clock`, those of the processor.
 
     Every variant runs once in each round, in reverse order in every second round. The first `warm_up` rounds are not
     counted. `clock` returns seconds.

@@ -10,7 +10,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,8 +43,10 @@ from dskd.shards.schema import LARGEST_SHARD, TEACHER_STATES, TRUNK_STATES, Stor
 from dskd.shards.stored_states import columns_of_states, plan_stored
 from dskd.shards.writing import write_block
 from dskd.students.student import build_student
+from dskd.training.freed_memory import keep_freed_memory
 from dskd.training.inputs import build_collator, load_inputs, load_sense_bank
 from dskd.training.loader import load_steps
+from dskd.training.packed_step import StepBatches
 from dskd.training.pair import load_pair
 from dskd.training.schedule import plan_schedule
 from dskd.training.step import StepResult, train_step
@@ -89,6 +91,9 @@ def build_workload_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--states", action="store_true", help="the shards hold the teacher's states, which teacher.mode=cached reads"
     )
+    parser.add_argument(
+        "--sequence-length", type=int, metavar="TOKENS", help="of the shards' sequences; default: the preset's"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
     return parser
 
@@ -101,10 +106,13 @@ def work_directory(args: argparse.Namespace) -> Iterator[Path]:
     its folder.
     """
     with TemporaryDirectory(prefix="dskd-benchmark-") as temporary:
-        name = f"{args.preset}-states" if args.states else args.preset
+        preset, name = PRESETS[args.preset], f"{args.preset}-states" if args.states else args.preset
+        if args.sequence_length is not None:
+            name = f"{name}-{args.sequence_length}"
+            preset = replace(preset, shape=replace(preset.shape, sequence_length=args.sequence_length))
         folder = args.folder / name if args.folder is not None else Path(temporary)
         if not (folder / "config.yaml").is_file():
-            write_work_directory(folder, PRESETS[args.preset], states=args.states)
+            write_work_directory(folder, preset, states=args.states)
         yield folder / "config.yaml"
 
 
@@ -214,7 +222,7 @@ class OurTraining:
         self.config, self._world = config, world
         inputs = load_inputs(config)
         schedule = plan_schedule(config, inputs.shards, world.world_size)
-        self._pair = load_pair(
+        self.pair = load_pair(
             config,
             world,
             inputs.teacher,
@@ -224,11 +232,13 @@ class OurTraining:
             source=inputs.source,
             teacher=teacher if inputs.source.kind == "loaded" else None,
         )
-        self.teacher, self.engine = self._pair.teacher, self._pair.engine
-        collate = build_collator(config, inputs, schedule, self._pair.source)
+        self.teacher, self.engine = self.pair.teacher, self.pair.engine
+        collate = build_collator(config, inputs, schedule, self.pair.source)
         cache = open_node_cache(config.train.shard_cache, world)
         bank = load_sense_bank(config, inputs, world)
         self._batches = load_steps(config, schedule, collate, cache, world, start_step=0, sense_bank=bank)
+        if world.device.type == "cpu":
+            keep_freed_memory()
         self._step = 0
         self.waited_s = 0.0  # time spent waiting for data, over all steps
         self.last: StepResult | None = None
@@ -241,15 +251,23 @@ class OurTraining:
     def step(self) -> None:
         """Runs one optimizer step, from waiting for its data to the new weights."""
         started = time.perf_counter()
-        batches = next(self._batches)
+        batches = self.take_batches()
         self.waited_s += time.perf_counter() - started
         self._step += 1
-        self.last = train_step(self._pair, batches, self.config.loss, self._world, step=self._step)
+        self.last = train_step(self.pair, batches, self.config.loss, self._world, step=self._step)
+
+    def take_batches(self) -> StepBatches:
+        """Returns the micro-batches of the next step, whose memory the loader uses again a few steps later."""
+        return next(self._batches)
+
+    def close_loader(self) -> None:
+        """Ends the loader."""
+        self._batches.close()
 
     def close(self, *, keep_teacher: bool = False) -> None:
         """Ends the loader and frees memory; with `keep_teacher`, the teacher stays loaded."""
-        self._batches.close()
-        self._pair.close(keep_teacher=keep_teacher)
+        self.close_loader()
+        self.pair.close(keep_teacher=keep_teacher)
 
 
 def load_teacher(config: Config, world: World) -> Any:

@@ -37,7 +37,7 @@ from dskd.evaluation.results_in_cards import update_cards
 from dskd.lexicon import build as lexicon
 from dskd.lexicon.wordnet import open_wordnet
 from dskd.models.architecture import check_architecture
-from dskd.models.folder import ModelFolder, find_pretrained_student, find_teacher
+from dskd.models.folder import FindTeacher, find_pretrained_student, find_teacher
 from dskd.models.gguf import teacher as gguf_teacher
 from dskd.models.limits import vocabulary_size
 from dskd.models.trained import trained_layers
@@ -112,13 +112,12 @@ def run_pipeline(path: Path, overrides: Sequence[str], *, until: str | None = No
 
         update_cards(config)
         print(
-            f"\n{describe_results(config)}\n\nPipeline finished in {time.perf_counter() - started:.0f} s.", flush=True
+            f"\n{describe_results(config, teacher())}\n\nPipeline finished in {time.perf_counter() - started:.0f} s.",
+            flush=True,
         )
 
 
-def plan_stages(
-    config: Config, path: Path, overrides: Sequence[str], teacher: Callable[[], ModelFolder]
-) -> list[Stage]:
+def plan_stages(config: Config, path: Path, overrides: Sequence[str], teacher: FindTeacher) -> list[Stage]:
     """Returns the stages in the order of the data flow. The single-process stages come before those of several ranks,
     except for the texts that the teacher writes, of which the corpus is made.
 
@@ -147,7 +146,7 @@ def plan_stages(
     def build_sequences() -> None:
         found = teacher()
         vocab_size = vocabulary_size(found.load_config())
-        sequences.build_sequences(config, found.load_tokenizer(), found.tokenizer_digest, vocab_size)
+        sequences.build_sequences(config, found.tokenizer, found.tokenizer_digest, vocab_size)
 
     def student_is_current() -> bool:
         recipe = student.recipe(config, teacher())
@@ -155,7 +154,7 @@ def plan_stages(
 
     stages = [
         stage(kinds.LEXICON, lambda: lexicon.recipe(config), lambda: lexicon.build_lexicon(config)),
-        stage(kinds.CORPUS, lambda: corpus.recipe(config), lambda: corpus.build_corpus(config)),
+        stage(kinds.CORPUS, lambda: corpus.recipe(config, teacher), lambda: corpus.build_corpus(config, teacher)),
         stage(kinds.SEQUENCES, lambda: sequences.recipe(config, teacher().tokenizer_digest), build_sequences),
         Stage(kinds.STUDENT.name, student_is_current, lambda: student.build_student(config, teacher())),
         Stage(kinds.SENSES.name, senses_are_current, ranks("build_senses.py")),
@@ -169,7 +168,7 @@ def plan_stages(
             def write() -> None:
                 writing.write_texts(config, World(0, 1, 0, torch.device("cpu")))
 
-        stages.insert(1, stage(kinds.WRITTEN, lambda: writing.recipe(config), write))
+        stages.insert(1, stage(kinds.WRITTEN, lambda: writing.recipe(config, teacher()), write))
     if config.teacher.train_from_scratch is not None:
         make, build = teacher_from_scratch.recipe, teacher_from_scratch.build_teacher
         stages.insert(2, stage(kinds.TEACHER, lambda: make(config), lambda: build(config)))  # from the corpus
@@ -179,18 +178,28 @@ def plan_stages(
         )
         stages.insert(0, from_gguf)  # first, so that a file that does not fit is refused before the corpus is read
     for name in config.run_names:
-        stages += _run_stages(load_config(path, [*overrides, run_override(name)]), path, overrides)
-    stages.append(Stage(kinds.EVALUATION.name, lambda: held_out_text.are_current(config), ranks("evaluate.py")))
+        stages += _run_stages(load_config(path, [*overrides, run_override(name)]), path, overrides, teacher)
+    stages.append(
+        Stage(kinds.EVALUATION.name, lambda: held_out_text.are_current(config, teacher()), ranks("evaluate.py"))
+    )
     if names := config.tasks.evaluate:
-        stages.append(Stage("tasks", lambda: tasks.are_current(config, names), ranks("evaluate.py", "--tasks", *names)))
+        stages.append(
+            Stage("tasks", lambda: tasks.are_current(config, names, teacher()), ranks("evaluate.py", "--tasks", *names))
+        )
     return stages
 
 
-def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[Stage]:
-    """Returns the stages of one run: training and export."""
+def _run_stages(config: Config, path: Path, overrides: Sequence[str], teacher: FindTeacher) -> list[Stage]:
+    """Returns the stages of one run: training and export. `teacher` finds the teacher."""
+
+    def run_recipe() -> Recipe:
+        return inputs.recipe(config, inputs.load_inputs(config, teacher()))
+
+    def is_finished() -> bool:
+        return checkpoint.is_finished(config, run_recipe())
 
     def build() -> None:
-        recipe = inputs.recipe(config)
+        recipe = run_recipe()
         newest = checkpoint.latest(config)
         # As everywhere in the pipeline, checkpoints of another config are stale and replaced; their tracked run stays.
         is_stale = newest is not None and bool(checkpoint.changes_since(newest, recipe))
@@ -203,7 +212,7 @@ def _run_stages(config: Config, path: Path, overrides: Sequence[str]) -> list[St
         return newest is not None and export.is_exported(config, newest)
 
     return [
-        Stage(f"train {config.run}", lambda: checkpoint.is_finished(config, inputs.recipe(config)), build),
+        Stage(f"train {config.run}", is_finished, build),
         Stage(f"export {config.run}", exported, lambda: export.build_export(config)),
     ]
 

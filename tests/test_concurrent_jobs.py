@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 from artifact_folders import replace_at_loading
+from config_files import write_config
 from rank_jobs import act_on_nodes
 from rank_processes import finish, fork_ranks
-from tiny_work import write_config
 
 from dskd import pipeline
 from dskd.artifacts.building import Building

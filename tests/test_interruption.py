@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
+from config_files import write_config
 from rank_processes import Rank, fork_ranks
 from stages import build_inputs_of_ranks
 from tiny_models import save_model
@@ -47,7 +47,7 @@ def prepared(tmp_path_factory):
         "annotation": {"kappa": 3, "batch_size": 8, "store": ["teacher_states", "trunk_states"]},
         "student": {"layers": 3, "train_layers": 1},
     }
-    config = _write(folder / "config.yaml", settings)
+    config = write_config(folder / "config.yaml", settings)
     build_inputs_of_ranks(load_config(config))
     return settings
 
@@ -131,11 +131,6 @@ def test_damaged_saved_states_are_gathered_again(killed, undisturbed, tmp_path):
     assert _content(_work(config), "senses") == _content(_work(reference), "senses")
 
 
-def _write(path: Path, settings: dict) -> Path:
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return path
-
-
 def _work(config: Path) -> Path:
     return Path(load_config(config).workdir)
 
@@ -159,7 +154,7 @@ def _wait_for_progress(work: Path, stage: str, process) -> None:
 
 def _copy(prepared: dict, folder: Path) -> Path:
     shutil.copytree(prepared["workdir"], folder / "work")
-    return _write(folder / "config.yaml", {**prepared, "workdir": str(folder / "work")})
+    return write_config(folder / "config.yaml", {**prepared, "workdir": str(folder / "work")})
 
 
 def _start(stage: str, config: Path, ranks: int = 1, **options) -> list[Rank]:

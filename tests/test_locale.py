@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from config_files import write_config
 from repository import REPOSITORY
-from tiny_work import write_config
 
 from dskd.__main__ import main
 from dskd.cli.program import run

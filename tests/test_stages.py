@@ -230,7 +230,7 @@ def test_training_samples_are_texts_that_the_teacher_continues(work, copy_of_tin
     assert "continued_tokens" not in manifests["validation"].facts
     assert not {"seed", "continuation_tokens", "teacher_top_n"} & set(manifests["validation"].config)
     teacher = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
-    end = source.load_tokenizer().eos_token_id
+    end = source.tokenizer.eos_token_id
     found, of_continuation = dict.fromkeys(range(1, 6), 0), 0
     texts = load_file(config.path("sequences", "train.safetensors"))
     for index, sample in enumerate(_samples(config.path("shards", "train"), tmp_path / "train")):

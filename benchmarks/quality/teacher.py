@@ -40,7 +40,7 @@ class Teacher:
 
         folder: ModelFolder = find_teacher(config)
         model = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32, attn_implementation="sdpa")
-        return cls(model.eval().requires_grad_(False).to(device), folder.load_tokenizer(), config)
+        return cls(model.eval().requires_grad_(False).to(device), folder.tokenizer, config)
 
     @property
     def num_layers(self) -> int:

@@ -98,8 +98,8 @@ def read_samples(
             places = np.frombuffer(data, np.uint32, reader.samples + 1, offset=_COUNT_BYTES).tolist()
             for begin, end in pairwise(places):
                 sample = reader.decode_sample(data[begin:end])
-                wanted = columns or (sample if column is None else (column,))
-                yield {name: sample[name] for name in wanted}
+                names = columns or (sample if column is None else (column,))
+                yield {name: sample[name] for name in names}
         except (ValueError, IndexError, TypeError, OverflowError) as error:  # UnicodeDecodeError is a ValueError
             raise UserError(f"{path}: damaged: a sample cannot be decoded ({error}); fetch it again") from None
 

@@ -8,17 +8,17 @@ from dskd.compare.text import compare
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.inspection.examples import describe_examples
-from dskd.models.folder import load_tokenizer
+from dskd.models.folder import ModelFolder, load_tokenizer
 from dskd.training.exporting import card
 
 
-def describe_results(config: Config) -> str:
+def describe_results(config: Config, teacher: ModelFolder | None = None) -> str:
     """Returns what the pipeline prints at its end: the comparison with what the models say, the senses of a few words,
-    and the exported models, with a program that uses one.
+    and the exported models, with a program that uses one. `teacher` is the config's, if it was found before.
     """
     parts = [compare_or_explain(config)]
     try:
-        parts.append(describe_examples(config))
+        parts.append(describe_examples(config, teacher))
     except UserError as problem:  # such as a dictionary that was removed since; nothing that was made depends on it
         parts.append(f"No senses to show: {problem}")
     folders = {run: config.path(kinds.EXPORT.folder, run) for run in config.run_names}

@@ -64,7 +64,7 @@ def _read(config: Config, runs: Sequence[TrackedRun], references: Sequence[str])
             yield _Model(name, name, _parse(content, str(folder / CONTINUATIONS_TABLE)))
     names = [*references, *(run.name for run in runs)]
     for run in runs:
-        label = run.name if names.count(run.name) == 1 else f"{run.name} ({run.run_id[:8]})"
+        label = run.name if names.count(run.name) == 1 else run.label
         if HELD_OUT.tag in run.tags and (content := read_artifact(config, run.run_id, CONTINUATIONS_TABLE)) is not None:
             table = _parse(content, f"artifact {CONTINUATIONS_TABLE} of run {run.name} ({run.run_id})")
             yield _Model(run.name, label, table)

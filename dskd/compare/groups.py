@@ -99,7 +99,7 @@ def _once_a_seed(runs: Sequence[TrackedRun], notes: list[str]) -> list[TrackedRu
     left_out = [run for run in runs if run not in best.values()]
     if left_out:
         kept = [run.name for run in runs if run in best.values()]
-        names = ", ".join(f"{run.name} ({run.run_id[:8]})" for run in left_out)
+        names = ", ".join(run.label for run in left_out)
         notes.append(f"left out, because other runs have the same settings and seed: {names}; kept: {', '.join(kept)}")
     return [run for run in runs if run in best.values()]
 

@@ -162,7 +162,7 @@ def _digests(runs: Sequence[TrackedRun], tables: Mapping[str, Examples], tag: st
     """Yields (digest of the data, name of the run) for each run that was evaluated."""
     for run in runs:
         digests = {run.tags.get(tag), tables[run.run_id].data if run.run_id in tables else None}
-        yield from ((digest, f"{run.name} ({run.run_id[:8]})") for digest in digests if digest is not None)
+        yield from ((digest, run.label) for digest in digests if digest is not None)
 
 
 def _only_one(evaluated: Iterable[tuple[str, str]], evaluation: Evaluation) -> str | None:

@@ -4,6 +4,7 @@ A hash of a document's content decides its side of the split. So the split does 
 documents, and equal texts are always on the same side.
 """
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from dskd.corpus.written.blocks import FILE
 from dskd.corpus.written.judging import Judged, documents_of, judge_texts, write_senses
 from dskd.errors import UserError, shortened
 from dskd.lexicon.wordnet import WordNet, open_wordnet, spelled
+from dskd.models.folder import FindTeacher, find_teacher
 
 SPLITS = ("train", "validation")
 _SCHEMA = pa.schema([("document", pa.string()), ("text", pa.string())])
@@ -49,13 +51,16 @@ _NOT_IN_RECIPE = (
 )
 
 
-def recipe(config: Config) -> Recipe:
-    """Returns the recipe of the documents: every input and setting that affects their content."""
-    corpus = config.corpus
+def recipe(config: Config, find: FindTeacher | None = None) -> Recipe:
+    """Returns the recipe of the documents: every input and setting that affects their content.
+
+    `find` finds the teacher, whose tokenizer and chat template write some documents; None: it is searched here.
+    """
+    corpus, find = config.corpus, find or functools.partial(find_teacher, config)
     if corpus.source == "wordnet":
         inputs = {"wordnet": open_wordnet(config.wordnet.path).digest}
     elif corpus.source == "tasks":
-        inputs = tasks.fingerprint(config)
+        inputs = tasks.fingerprint(config, find)
     elif corpus.source == "teacher":
         inputs = {
             "wordnet": open_wordnet(config.wordnet.path).digest,  # its morphology finds a text's word
@@ -68,14 +73,15 @@ def recipe(config: Config) -> Recipe:
         inputs = {str(path): fingerprint(path) for path in paths}
     settings = {key: value for key, value in corpus.as_dict().items() if key not in _NOT_IN_RECIPE}
     if corpus.source == "chat":
-        inputs |= chats.fingerprint(config)
+        inputs |= chats.fingerprint(find())
     else:
         del settings["loss_on"]  # so that a corpus written before chats could be read stays up to date
     return Recipe(kinds.CORPUS.name, inputs, settings)
 
 
-def build_corpus(config: Config) -> None:
-    """Reads the text and writes `WORKDIR/corpus/{train,validation}.parquet`."""
+def build_corpus(config: Config, find: FindTeacher | None = None) -> None:
+    """Reads the text and writes `WORKDIR/corpus/{train,validation}.parquet`. `find` is that of :func:`recipe`."""
+    find = functools.cache(find or functools.partial(find_teacher, config))
     target = config.path(kinds.CORPUS.folder)
     corpus = config.corpus
     if corpus.source == "wordnet":
@@ -89,13 +95,13 @@ def build_corpus(config: Config) -> None:
     else:
         sources = list(corpus.train)
     with stage("corpus: text to documents", reads=sources, writes=target):
-        before = recipe(config)
+        before = recipe(config, find)
         for key in ("train", "validation"):
             if getattr(corpus, key):
                 say("\n".join([f"  corpus.{key}:", *_find(config, key).describe()]))
         judged = judge_texts(config) if corpus.source == "teacher" else []
         with build_artifact(target, before) as building:
-            counts = _write_splits(building.folder, _read_documents(config, judged), corpus)
+            counts = _write_splits(building.folder, _read_documents(config, judged, find), corpus)
             if corpus.source == "teacher":
                 senses = write_senses(judged, building.folder)
                 building.facts["senses"] = asdict(senses)
@@ -107,7 +113,7 @@ def build_corpus(config: Config) -> None:
                         f"the corpus has no {split} documents (read from {', '.join(sources)}); "
                         + (more if split == "train" else f"{more}, or raise corpus.validation_share")
                     )
-            _require_unchanged(before, recipe(config))
+            _require_unchanged(before, recipe(config, find))
             building.facts["documents"] = counts
         say(f"  {counts['train']:,} documents for training, {counts['validation']:,} held out")
 
@@ -187,10 +193,10 @@ def read_wordnet_documents(wordnet: WordNet) -> Iterator[Document]:
     return iter(sorted(documents, key=lambda document: _hash(f"order:{document.name}")))
 
 
-def _read_documents(config: Config, judged: list[Judged]) -> Iterator[tuple[str, Document]]:
+def _read_documents(config: Config, judged: list[Judged], find: FindTeacher) -> Iterator[tuple[str, Document]]:
     """Yields (split, document) for every document of the corpus; `judged` are the texts of `corpus.source: teacher`."""
     corpus = config.corpus
-    train, validation = _sources(config) if corpus.source != "teacher" else (documents_of(judged), None)
+    train, validation = _sources(config, find) if corpus.source != "teacher" else (documents_of(judged), None)
     held_out: set[int] = set()
     for document in validation or ():
         held_out.add(_hash(document.split_key))
@@ -208,29 +214,30 @@ def _read_documents(config: Config, judged: list[Judged]) -> Iterator[tuple[str,
         say(f"  {dropped:,} training documents are also held out, and were left out of the training")
 
 
-def _sources(config: Config) -> tuple[Iterator[Document], Iterator[Document] | None]:
+def _sources(config: Config, find: FindTeacher) -> tuple[Iterator[Document], Iterator[Document] | None]:
     """Returns the training documents, and the held-out ones or None if these are a share of the training documents."""
     corpus = config.corpus
     if corpus.source == "wordnet":
         return read_wordnet_documents(open_wordnet(config.wordnet.path)), None
     if corpus.source == "tasks":
-        return tasks.read_task_documents(config)
+        return tasks.read_task_documents(config, find)
     if corpus.dataset is not None:
         held_out = corpus.validation_split
-        return _read_dataset(config, corpus.train_split), None if held_out is None else _read_dataset(config, held_out)
-    validation = _read_files(config, "validation") if corpus.validation else None
-    return _read_files(config, "train"), validation
+        validation = None if held_out is None else _read_dataset(config, held_out, find)
+        return _read_dataset(config, corpus.train_split, find), validation
+    validation = _read_files(config, "validation", find) if corpus.validation else None
+    return _read_files(config, "train", find), validation
 
 
-def _read_dataset(config: Config, split: str) -> Iterator[Document]:
+def _read_dataset(config: Config, split: str, find: FindTeacher) -> Iterator[Document]:
     if config.corpus.source == "chat":
-        return chats.read_chats_of_dataset(config, split)
+        return chats.read_chats_of_dataset(config, find(), split)
     return read_dataset(config.corpus, split)
 
 
-def _read_files(config: Config, key: str) -> Iterator[Document]:
+def _read_files(config: Config, key: str, find: FindTeacher) -> Iterator[Document]:
     if config.corpus.source == "chat":
-        yield from chats.read_chats_of_files(config, _find(config, key).files, key)
+        yield from chats.read_chats_of_files(config, find(), _find(config, key).files, key)
         return
     without: list[str] = []
     for path in _find(config, key).files:

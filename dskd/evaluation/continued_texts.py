@@ -28,7 +28,7 @@ from dskd.models.tokenizing import require_known
 
 CONTINUATIONS_TABLE, CONTINUATIONS_TEXT = "samples.json", "samples.md"
 _PROMPT, _TEXT = "prompt", "the text itself"
-# A text is shown if each of its halves has so many tokens: the model can tell from the first what it is about.
+# A text is shown if each of its halves has this many tokens: the model can tell from the first what it is about.
 _LEAST_TOKENS = 5
 _ROWS_FOR_A_SAMPLE = 16  # of which one is likely to begin with such a text
 
@@ -47,7 +47,7 @@ def read_requests(config: Config, teacher: ModelFolder) -> list[Request]:
     """
     if not config.evaluation.prompts:
         return []
-    prompter = Prompter(teacher.load_tokenizer())
+    prompter = Prompter(teacher.tokenizer)
     return [Request(text, prompter.tokens(prompter.request(text))) for text in config.evaluation.prompts]
 
 
@@ -89,7 +89,7 @@ class Prompts:
             limit, size = position_limit(model_config), vocabulary_size(model_config)
             for number, request in enumerate(requests):
                 place = f"evaluation.prompts[{number}]"
-                require_known(request.tokens, size, model.load_tokenizer(), f"{place} for {model.path}")
+                require_known(request.tokens, size, model.tokenizer, f"{place} for {model.path}")
                 if limit is not None and len(request.tokens) + added > limit:
                     raise UserError(
                         f"{place}: its {len(request.tokens)} tokens, with the chat template's, and the {added} of "
@@ -163,7 +163,7 @@ def write_continuations(
     `continuations` are the token ids that the model added to each of all prompts. `teachers` is the folder of the
     teacher's evaluation; for the teacher it may not exist yet. All models use the tokenizer of `teacher`.
     """
-    tokenizer = teacher.load_tokenizer()
+    tokenizer = teacher.tokenizer
     columns: dict[str, list[str]] = {_PROMPT: [], _TEXT: []}
     for group in prompts:
         lengths = zip(group.prompt_lengths.tolist(), group.document_lengths.tolist(), strict=True)

@@ -89,9 +89,12 @@ def _measurements(config: Config, models: Sequence[Candidate], inputs: HeldOutIn
     return [Measurement(HELD_OUT, model, recipe(config, model, inputs), reads) for model in models]
 
 
-def are_current(config: Config) -> bool:
-    """Returns True if every model has measures, and they are of that model and this text."""
-    models = candidates(config)
+def are_current(config: Config, teacher: ModelFolder | None = None) -> bool:
+    """Returns True if every model has measures, and they are of that model and this text.
+
+    `teacher` is the config's, if it was found before.
+    """
+    models = candidates(config, teacher)
     inputs = open_inputs(config, models[0].folder)
     return all(measurement.is_current(config) for measurement in _measurements(config, models, inputs))
 

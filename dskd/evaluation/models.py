@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dskd.artifacts import kinds
-from dskd.artifacts.manifest import require_same
+from dskd.artifacts.manifest import read_manifest, require_same
 from dskd.config import Config
 from dskd.console import say
 from dskd.distributed.collectives import gather_json, main_first, on_main
 from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError
+from dskd.models.digests import digest_cache, digest_of_model
 from dskd.models.folder import ModelFolder, find_teacher
 from dskd.models.frozen import FrozenModel, load_frozen
 from dskd.students.student import find_student
@@ -30,9 +31,12 @@ class Candidate:
     step: int = 0  # the training step that was exported
 
 
-def candidates(config: Config) -> list[Candidate]:
-    """Returns the teacher, the student before training, and those of the config's runs that have an export."""
-    teacher = find_teacher(config)
+def candidates(config: Config, teacher: ModelFolder | None = None) -> list[Candidate]:
+    """Returns the teacher, the student before training, and those of the config's runs that have an export.
+
+    `teacher` is the config's, if it was found before.
+    """
+    teacher = teacher or find_teacher(config)
     models = [Candidate(TEACHER, teacher), Candidate(UNTRAINED_STUDENT, find_student(config))]
     for run in config.run_names:
         if config.path(kinds.EXPORT.folder, run).is_dir():
@@ -91,11 +95,15 @@ def load_candidate(candidate: Candidate, config: Config, world: World) -> Frozen
 
 
 def _require_unchanged(candidate: Candidate, config: Config) -> None:
-    find = {TEACHER: find_teacher, UNTRAINED_STUDENT: find_student}.get(candidate.name)
-    now = find(config) if find is not None else export.find_export(config, candidate.name)[0]
-    if now.digest != candidate.folder.digest:
+    folder = candidate.folder.path
+    if candidate.name == TEACHER and not config.teacher.is_made:
+        now = digest_of_model(folder, cache=digest_cache(config, "teacher"))
+    else:
+        kind = {TEACHER: kinds.TEACHER, UNTRAINED_STUDENT: kinds.STUDENT}.get(candidate.name, kinds.EXPORT)
+        now = read_manifest(folder, kind.name).digest
+    if now != candidate.folder.digest:
         raise OutageError(
-            f"{now.path}: the model was replaced after the evaluation began (its digest is {now.digest[:12]}…, and was "
+            f"{folder}: the model was replaced after the evaluation began (its digest is {now[:12]}…, and was "
             f"{candidate.folder.digest[:12]}…), so it is not measured; start the evaluation again"
         )
 

@@ -31,6 +31,7 @@ from dskd.evaluation.suite import EXAMPLES_FILE, FILE, Measurement, Outcome
 from dskd.evaluation.table import BENCHMARKS
 from dskd.evaluation.task_questions import Task, load_task, require_same_data
 from dskd.evaluation.task_scoring import answer_of, measures_of, score_of, weights_of
+from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel
 from dskd.models.generation import before_end, end_tokens, ends_of_answers_only, generate_greedily
 from dskd.models.limits import check_new_tokens, position_limit, vocabulary_size
@@ -81,11 +82,14 @@ def _measurements(
     ]
 
 
-def are_current(config: Config, names: Sequence[str]) -> bool:
-    """Returns True if every model has results on these benchmarks, and on their present questions."""
+def are_current(config: Config, names: Sequence[str], teacher: ModelFolder | None = None) -> bool:
+    """Returns True if every model has results on these benchmarks, and on their present questions.
+
+    `teacher` is the config's, if it was found before.
+    """
     tasks = [load_task(config, benchmark) for benchmark in benchmarks_named(names)]
-    models = candidates(config)
-    prompters = [Prompter(model.folder.load_tokenizer()) for model in models]
+    models = candidates(config, teacher)
+    prompters = [Prompter(model.folder.tokenizer) for model in models]
     return all(measurement.is_current(config) for measurement in _measurements(config, models, tasks, prompters))
 
 
@@ -112,7 +116,7 @@ def run_tasks(
     models = same_on_all_ranks(lambda: choose(config, candidates(config), model_names))
     tasks = {benchmark.name: main_first(functools.partial(load_task, config, benchmark)) for benchmark in benchmarks}
     require_same_data(config, tasks)
-    prompters = {model.name: Prompter(model.folder.load_tokenizer()) for model in models}
+    prompters = {model.name: Prompter(model.folder.tokenizer) for model in models}
     measurements = _measurements(config, models, list(tasks.values()), list(prompters.values()))
     stale = suite.find_stale(config, measurements, force=force)
     for model in models:

@@ -20,10 +20,14 @@ class Teacher:
     vocab_size: int
 
 
-def open_teacher(config: Config) -> Teacher:
-    """Opens the teacher of the experiment; raises a UserError if it is missing or damaged."""
-    folder = find_teacher(config)
-    return Teacher(folder, folder.load_tokenizer(), folder.load_config().vocab_size)
+def open_teacher(config: Config, found: ModelFolder | None = None) -> Teacher:
+    """Opens the teacher of the experiment, or `found`, its folder, if it was found before.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    folder = found or find_teacher(config)
+    return Teacher(folder, folder.tokenizer, folder.load_config().vocab_size)
 
 
 def or_note(open_it: Callable[[], T], what: str, notes: list[str]) -> T | None:

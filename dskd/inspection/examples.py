@@ -7,9 +7,11 @@ from dskd.errors import UserError
 from dskd.inspection.artifacts import Teacher, open_teacher
 from dskd.inspection.tokens import token_texts
 from dskd.inspection.word import WordReport, inspect_word
+from dskd.models.folder import ModelFolder
 from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
 from dskd.senses.entries import MIN_HEAD_LETTERS
 
+_WORDS = 3
 _CANDIDATES = 200  # tokens that are tried, since some of them are no whole words
 _STATES = 4  # for each sense of a word: with fewer, a sense is little more than one place in the text
 _SENSES = 5  # of a word that are shown
@@ -17,20 +19,23 @@ _NEIGHBOURS, _CONTEXTS, _SCAN = 4, 1, 2000
 _LARGEST_SEARCH = 5 * 10**8  # elements of a dictionary that is searched for neighbours: a second or two
 
 
-def describe_examples(config: Config, count: int = 3) -> str:
-    """Returns the senses of `count` words as text, of those that :func:`choose_words` chooses.
+def describe_examples(config: Config, found: ModelFolder | None = None) -> str:
+    """Returns the senses of a few words as text, of those that :func:`choose_words` chooses.
 
-    Returns an empty text if there is no such word. Raises a UserError without a dictionary or the teacher.
+    `found` is the teacher, if it was found before. Returns an empty text if there is no such word. Raises a UserError
+    without a dictionary or the teacher.
     """
-    teacher = open_teacher(config)
+    teacher = open_teacher(config, found)
     dictionary, _ = load_fitting_dictionary(config, teacher.folder)
-    words = choose_words(dictionary, teacher, count)
+    words = choose_words(dictionary, teacher, _WORDS)
     is_small = dictionary.num_rows * dictionary.hidden_size <= _LARGEST_SEARCH
     reports = []
     for word in words:
         try:
             neighbours = _NEIGHBOURS if is_small else 0
-            reports.append(inspect_word(config, word, neighbours=neighbours, contexts=_CONTEXTS, scan=_SCAN))
+            reports.append(
+                inspect_word(config, word, neighbours=neighbours, contexts=_CONTEXTS, scan=_SCAN, teacher=teacher)
+            )
         except UserError:  # the lexicon was removed or made again since
             continue
     if not reports:

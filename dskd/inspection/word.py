@@ -65,17 +65,23 @@ class WordReport:
 
 
 def inspect_word(
-    config: Config, word: str, *, neighbours: int = 8, contexts: int = 3, scan: int = 20_000
+    config: Config,
+    word: str,
+    *,
+    neighbours: int = 8,
+    contexts: int = 3,
+    scan: int = 20_000,
+    teacher: Teacher | None = None,
 ) -> WordReport:
     """Looks a word up in the lexicon, the tokenizer, the sense dictionary and the training shards.
 
     `word` is spelled as in the lexicon, and may be several words. Each sense gets up to `neighbours` nearest entries,
-    and `contexts` examples from the first `scan` training samples. Raises a UserError when there is no lexicon, or the
-    word is neither in it nor in the sense dictionary.
+    and `contexts` examples from the first `scan` training samples. `teacher` is the config's, if it was opened before.
+    Raises a UserError when there is no lexicon, or the word is neither in it nor in the sense dictionary.
     """
     related, near = find_related(config, word)
     notes: list[str] = []
-    teacher = or_note(lambda: open_teacher(config), "tokens and senses", notes)
+    teacher = teacher or or_note(lambda: open_teacher(config), "tokens and senses", notes)
     if teacher is None:
         if not related:
             raise UserError(_unknown(word, near, None))

@@ -114,16 +114,26 @@ def empty_tensors(tensors: Iterable[Any]) -> None:
             tensor.ds_tensor.data = tensor.new_empty(0)
 
 
-def load_resident(folder: ModelFolder, dtype: torch.dtype, world: World, *, num_layers: int | None = None) -> Any:
-    """Loads a causal LM of transformers, or only its lowest `num_layers` layers, whole onto this rank's device."""
+def load_resident(
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    world: World,
+    *,
+    first_layer: int = 0,
+    num_layers: int | None = None,
+) -> Any:
+    """Loads a causal LM of transformers whole onto this rank's device, in evaluation mode.
+
+    With `first_layer` and `num_layers` it has only some layers, as :func:`build_sharded` says.
+    """
 
     def place(parameter: nn.Parameter, tensor: torch.Tensor | None) -> nn.Parameter:
         assert tensor is not None, "every rank reads"
         value = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
         return nn.Parameter(value.copy_(tensor), requires_grad=value.is_floating_point())
 
-    causal_lm = empty_model(folder, dtype, num_layers=num_layers)
-    _fill(causal_lm, folder, world, place)
+    causal_lm = empty_model(folder, dtype, first_layer=first_layer, num_layers=num_layers)
+    _fill(causal_lm, folder, world, place, first_layer=first_layer)
     return causal_lm.eval()
 
 
@@ -180,13 +190,13 @@ def _keep_in_fp32(causal_lm: Any) -> None:
 
 
 def fits_without_lower_layers(folder: ModelFolder, first_layer: int) -> bool:
-    """Returns whether the layers from `first_layer` up are built the same when the layers below them are left out."""
+    """Returns True if the layers from `first_layer` up are built the same when the layers below them are left out."""
     upper = list(range(first_layer, folder.load_config().num_hidden_layers))
     return not compare_layers(empty_model(folder), empty_model(folder, first_layer=first_layer), upper)
 
 
 def fits_without_upper_layers(folder: ModelFolder, num_layers: int) -> bool:
-    """Returns whether the lowest `num_layers` layers are built the same when the layers above them are left out."""
+    """Returns True if the lowest `num_layers` layers are built the same when the layers above them are left out."""
     return not compare_layers(empty_model(folder), empty_model(folder, num_layers=num_layers), range(num_layers))
 
 

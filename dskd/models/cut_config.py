@@ -70,7 +70,7 @@ def cut_config(
 
 
 def is_per_layer(key: str, value: Any, count: int) -> bool:
-    """Returns whether the value is a list with one item for each of `count` layers."""
+    """Returns True if the value is a list with one item for each of `count` layers."""
     named = "layer" in key or key.startswith(_SIZE_PREFIXES) or key.endswith(_SIZE_SUFFIXES)
     return isinstance(value, list) and len(value) == count and named and key not in (*_INDEX_LISTS, *_OF_EVERY_LAYER)
 

@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,9 +75,9 @@ class ModelFolder:
 
     path: Path
     digest: str
-    tokenizer_digest: str
     trust_remote_code: bool = False
     source: str = ""  # the file that its config.json is a copy of, for messages
+    named_by: str = ""  # the config's key that names the folder, for messages
 
     def config_values(self) -> dict[str, Any]:
         """Returns its config.json, as :func:`dskd.models.model_config.read_model_config` translates it."""
@@ -106,13 +106,30 @@ class ModelFolder:
             model_config._attn_implementation = "eager"
         return model_config
 
-    def load_tokenizer(self) -> Any:
-        """Loads the model's tokenizer."""
-        return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, loaded when it is first needed.
+
+        Raises:
+            UserError: when transformers cannot load it.
+        """
+        return load_tokenizer(self.path, named_by=self.named_by, trust_remote_code=self.trust_remote_code)
+
+    @functools.cached_property
+    def tokenizer_digest(self) -> str:
+        """A digest that identifies the tokenizer by its behaviour: copies in different folders have the same one.
+
+        Raises:
+            UserError: when transformers cannot load the tokenizer.
+        """
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+        return digest_of_json([type(tokenizer).__name__, vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id])
 
 
 def has_capped_attention(model_config: Any) -> bool:
-    """Returns whether a model caps the scores of its attention."""
+    """Returns True if a model caps the scores of its attention."""
     return getattr(model_config, _ATTENTION_CAP, None) is not None
 
 
@@ -122,6 +139,10 @@ def attention_key(model_config: Any) -> dict[str, str]:
     `model_config` comes from :meth:`ModelFolder.load_config`.
     """
     return {"_attn_implementation": model_config._attn_implementation} if has_capped_attention(model_config) else {}
+
+
+# A function that finds the teacher, for stages that may run before there is one: they call it when they need it.
+FindTeacher = Callable[[], ModelFolder]
 
 
 def find_teacher(config: Config) -> ModelFolder:
@@ -162,11 +183,12 @@ def _find_model(
     )
     folder = _local_or_hub(key, path, revision, patterns)
     check_model_folder(folder, named_by=key, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(folder, named_by=key, trust_remote_code=trust_remote_code)
+    unhashed = ModelFolder(folder, "", trust_remote_code, named_by=key)
     # Check everything that is quick before the files are hashed, which takes minutes for a large model.
-    unhashed = ModelFolder(folder, "", tokenizer_digest(tokenizer), trust_remote_code)
-    check_limits(config, folder, unhashed.load_config(), tokenizer)
-    return replace(unhashed, digest=digest_of_model(folder, cache=digest_cache(config, section)))
+    check_limits(config, folder, unhashed.load_config(), unhashed.tokenizer)
+    found = replace(unhashed, digest=digest_of_model(folder, cache=digest_cache(config, section)))
+    vars(found)["tokenizer"] = unhashed.tokenizer  # it is not loaded again
+    return found
 
 
 def _find_made_teacher(config: Config) -> ModelFolder:
@@ -199,10 +221,9 @@ def _find_made_teacher(config: Config) -> ModelFolder:
             f"{folder}: this teacher was made with other files of teacher.tokenizer: {config.teacher.tokenizer} (its "
             f"tokenizer, special tokens or chat template); make it again with `{kinds.TEACHER.made_by}`"
         )
-    tokenizer = load_tokenizer(folder, trust_remote_code=config.teacher.trust_remote_code)
-    found = ModelFolder(folder, manifest.digest, tokenizer_digest(tokenizer))
+    found = ModelFolder(folder, manifest.digest, config.teacher.trust_remote_code)
     if is_gguf:
-        check_limits(config, folder, found.load_config(), tokenizer)
+        check_limits(config, folder, found.load_config(), found.tokenizer)
     return found
 
 
@@ -317,13 +338,6 @@ def _without_false_alarm() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(keep)
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Returns a digest that identifies a tokenizer by its behaviour: copies in different folders have the same one."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    return digest_of_json([type(tokenizer).__name__, vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id])
 
 
 def find_tokenizer_folder(name: str) -> Path:

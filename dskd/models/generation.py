@@ -67,7 +67,7 @@ def end_tokens(folder: ModelFolder) -> tuple[int | None, list[int]]:
 
     The latter are that token, those of config.json, and those that end an answer: chat models have several.
     """
-    end, ends = text_end(folder.load_tokenizer()), _config_ends(folder)
+    end, ends = text_end(folder.tokenizer), _config_ends(folder)
     return end, sorted({*as_list(end), *ends, *answer_ends(folder)})
 
 
@@ -85,7 +85,7 @@ def answer_ends(folder: ModelFolder) -> list[int]:
 
     The former are those of config.json if there is no generation config, or it names none.
     """
-    tokenizer = folder.load_tokenizer()
+    tokenizer = folder.tokenizer
     named = as_list(generation_values(folder.path).get("eos_token_id")) or _config_ends(folder)
     ends = named or as_list(text_end(tokenizer))
     of_template, vocab_size = answer_end(tokenizer), vocabulary_size(folder.load_config())

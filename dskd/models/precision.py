@@ -12,7 +12,7 @@ _ASK = "import torch; print(torch.cuda.is_bf16_supported(including_emulation=Fal
 
 
 def supports_bf16(device: torch.device) -> bool:
-    """Returns whether the hardware computes bfloat16 matrix products natively, without emulation."""
+    """Returns True if the hardware computes bfloat16 matrix products natively, without emulation."""
     if device.type == "cuda":
         return _gpu_supports_bf16()
     try:

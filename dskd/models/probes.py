@@ -45,11 +45,11 @@ class Crossing:
     moved_in_one: float
 
     def looks_ahead(self, dtype: torch.dtype) -> bool:
-        """Returns whether a token sees the tokens after it."""
+        """Returns True if a token sees the tokens after it."""
         return not self.ahead <= max(_LEAK_ROUNDING[dtype], _LEAK_SHARE * self.leak_in_one)
 
     def crosses(self, dtype: torch.dtype) -> bool:
-        """Returns whether a document sees the one before it, or depends on its place in the sequence."""
+        """Returns True if a document sees the one before it, or depends on its place in the sequence."""
         return not (
             self.leak <= max(_LEAK_ROUNDING[dtype], _LEAK_SHARE * self.leak_in_one)
             and self.moved <= max(_MOVED_ROUNDING[dtype], _MOVED_SHARE * self.moved_in_one)
@@ -110,13 +110,13 @@ def _not_apart(folder: ModelFolder, name: str) -> str:
 
 
 def accepts(module: nn.Module, argument: str) -> bool:
-    """Returns whether the module's forward can be called with an argument of that name."""
+    """Returns True if the module's forward can be called with an argument of that name."""
     parameters = inspect.signature(module.forward).parameters.values()
     return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def takes_positions(base_model: nn.Module) -> bool:
-    """Returns whether a base model reads position ids: its forward names them.
+    """Returns True if a base model reads position ids: its forward names them.
 
     Models without positions, such as BLOOM and MPT, accept any argument and ignore this one.
     """

@@ -98,6 +98,23 @@ def compare_with_transformers(
         return [worst, place, is_finite]
 
     worst, place, is_finite = on_main(compare)
+    _require_agreement(decoder, folder, world, dtype, worst, place, is_finite=is_finite)
+    what = "last hidden states" if chosen is None else f"what layers {', '.join(map(str, chosen))} compute"
+    where = " and ".join(f"{start} to {start + tokens - 1}" for start in sorted(starts))
+    say(
+        f"  {folder.path}: compared with transformers' own: computed buffers, and {what} of {tokens} tokens at "
+        f"positions {where} (difference {worst:.0e})"
+    )
+
+
+def _require_agreement(
+    decoder: Any, folder: ModelFolder, world: World, dtype: torch.dtype, worst: float, place: str, *, is_finite: bool
+) -> None:
+    """Refuses a model whose largest relative difference, `worst` at `place`, is more than rounding explains.
+
+    Raises:
+        UserError: with the place and the difference, or that values there are not finite.
+    """
     if worst > _TOLERANCE[dtype] and not is_finite:
         raise UserError(
             f"{folder.path}: weights or states are not finite: {place} have infinities or NaN. Are the weights "
@@ -113,12 +130,6 @@ def compare_with_transformers(
             f"architecture is not supported{remedy}",
             known_to_all_ranks=True,
         )
-    what = "last hidden states" if chosen is None else f"what layers {', '.join(map(str, chosen))} compute"
-    where = " and ".join(f"{start} to {start + tokens - 1}" for start in sorted(starts))
-    say(
-        f"  {folder.path}: compared with transformers' own: computed buffers, and {what} of {tokens} tokens at "
-        f"positions {where} (difference {worst:.0e})"
-    )
 
 
 def relative_difference(ours: torch.Tensor, expected: torch.Tensor) -> float:

@@ -259,7 +259,7 @@ def _register_attention() -> None:
 
 @functools.cache
 def _always_makes_masks() -> bool:
-    """Returns whether the installed transformers gives attention a mask even for sequences of one document.
+    """Returns True if the installed transformers gives attention a mask even for sequences of one document.
 
     Version 4.57 does so in training. This function runs a tiny model with the masks of `sdpa`, the attention used in
     training, to see.

@@ -82,7 +82,7 @@ def _folder_of(config: str, named_by: str) -> Iterator[ModelFolder]:
     with tempfile.TemporaryDirectory(prefix="dskd-plan-") as path:
         Path(path, "config.json").write_text(config, encoding="utf-8")
         try:
-            yield ModelFolder(Path(path), "", "", source=named_by)
+            yield ModelFolder(Path(path), "", source=named_by)
         except UserError as error:
             message = str(error).replace(str(Path(path, "config.json")), named_by)
             raise UserError(message.replace(path, named_by)) from None

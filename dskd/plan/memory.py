@@ -36,8 +36,9 @@ from dskd.training.teacher_source import TeacherSource
 # fragmented memory that the allocator cannot use; in the host's memory Python, torch and DeepSpeed.
 RESERVED_ON_GPU = 2 * GB
 RESERVED_ON_HOST = 2 * GB
-# Bytes that the optimizer's step needs for an element: a copy of its gradient, and AdamW's two intermediate results.
-_STEP = GRADIENT_BYTES + MOMENT_BYTES
+# Bytes that the optimizer's step needs for an element: a copy of its gradient and, on a GPU, AdamW's two intermediate
+# results; on a CPU AdamW is fused.
+_STEP = {"cuda": GRADIENT_BYTES + MOMENT_BYTES, "cpu": GRADIENT_BYTES}
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def compute_memory(
     held, host_teacher, gathered = 0, 0, None
     if with_teacher:
         held, host_teacher, gathered = _teacher(config, cluster, teacher, size, persistent)
-    teacher_live = _live(gathered.forward if gathered else 0, teacher, size, config, cluster)
+    teacher_live = _live(gathered.forward if gathered else 0, size, config, cluster)
 
     # The student: a rank's shares, the small weights that stay gathered, and what is gathered in each phase. A single
     # rank gathers nothing.
@@ -166,10 +167,12 @@ def compute_memory(
     at_turn, backward = each * student_gathered.at_turn + copy, each * student_gathered.backward + copy
     # The optimizer's share, and the bucket in which DeepSpeed collects gradients.
     optimizer = (MASTER_BYTES + MOMENT_BYTES + GRADIENT_BYTES) * share + REDUCE_BUCKET * size
-    # A full bucket is copied to be summed over ranks. A gradient that is larger than the bucket is held separately.
-    flushed = min(trained, REDUCE_BUCKET) * size
+    # A full bucket is copied to be summed over ranks, except by the only rank on a CPU. A gradient that is larger than
+    # the bucket is held separately.
+    flushed = min(trained, REDUCE_BUCKET) * (each if is_gloo else size)
     over = max((w.numel for w in shapes.weights if w.is_trained and w.numel > REDUCE_BUCKET), default=0) * size
     is_flushed_early = trained > REDUCE_BUCKET
+    of_update = _STEP[cluster.device] * min(share, SUB_GROUP)
 
     # Batches: a GPU holds two copies of the loader's data for a step, and the whole bank of sense rows if it is there.
     senses, states, rest = (part * accumulation_steps for part in batch_bytes(batch, hidden_size, dtype))
@@ -186,14 +189,14 @@ def compute_memory(
         "the loss": at_turn + activations.kept + activations.loss,
         "the backward pass": backward + activations.backward + (flushed + over if is_flushed_early else over),
         "the sum over ranks": backward + flushed + over,
-        "the optimizer's step": _STEP * min(share, SUB_GROUP),
+        "the optimizer's step": of_update,
     }
     moment = max(phase_bytes, key=phase_bytes.__getitem__)
     reserved = RESERVED_ON_GPU if on_gpu else RESERVED_ON_HOST
     gpu = Parts(
         teacher=held + teacher_live,
         student=student_held + max(*along, at_turn, backward),
-        optimizer=optimizer + max(_STEP * min(share, SUB_GROUP), flushed + over),
+        optimizer=optimizer + max(of_update, flushed + over),
         activations=max(of_teacher, activations.forward, activations.backward),
         loss=activations.loss,
         **of_batches,
@@ -250,7 +253,7 @@ def _pinned(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _live(elements: int, teacher: Shapes, size: int, config: Config, cluster: Cluster) -> int:
+def _live(elements: int, size: int, config: Config, cluster: Cluster) -> int:
     """Returns the bytes of the teacher's gathered weights, if `elements` are whole at one time."""
     if cluster.world_size > 1:
         return elements * size
@@ -299,7 +302,7 @@ def stages_before(
     hidden_size = architecture.values()["hidden_size"]
     held, on_host, gathered = _teacher(config, cluster, teacher, size, PERSISTENT_WIDTHS * hidden_size)
     matrix = size * architecture.values()["vocab_size"] * hidden_size
-    live = held + matrix + _live(gathered.forward if gathered else 0, teacher, size, config, cluster)
+    live = held + matrix + _live(gathered.forward if gathered else 0, size, config, cluster)
     is_cpu = cluster.device == "cpu"
     reserved = RESERVED_ON_HOST if is_cpu else RESERVED_ON_GPU
     # Each stage holds at most its budget, and no more than all states or rows.

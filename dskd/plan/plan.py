@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dskd.artifacts import kinds
+from dskd.artifacts.hashing import MANIFEST_NAME
 from dskd.artifacts.manifest import Manifest, read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
@@ -68,7 +69,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Returns whether every stage has enough memory."""
+        """Returns True if every stage has enough memory."""
         return not self.too_large_for_gpus and not self.too_large_for_hosts
 
     @property
@@ -137,13 +138,13 @@ def make_plan(
 
 def _shards(config: Config) -> Manifest | None:
     folder = config.path(kinds.SHARDS.folder, "train")
-    if not Path(folder, "manifest.json").is_file():
+    if not Path(folder, MANIFEST_NAME).is_file():
         return None
     return read_manifest(folder, kinds.SHARDS.name, files_are_here=False)
 
 
 def _are_current(shards: Manifest, config: Config, to_store: StoredStates | None) -> bool:
-    """Returns whether the shards hold what the config stores of the teacher; otherwise they have to be annotated again.
+    """Returns True if the shards hold what the config stores of the teacher; otherwise they have to be annotated again.
 
     Compares states by their columns, type, width and depth, as annotation's recipe does, and the number of tokens.
     """

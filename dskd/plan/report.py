@@ -235,7 +235,7 @@ def _unread(plan: Plan) -> str | None:
 
 
 def _is_copied(plan: Plan) -> bool:
-    """Returns whether each node has its own copy of shards with states, instead of reading them where they are."""
+    """Returns True if each node has its own copy of shards with states, instead of reading them where they are."""
     return plan.config.train.shard_cache is not None or plan.config.train.shard_remote is not None
 
 

@@ -8,12 +8,12 @@ from dskd.training.teacher_source import TeacherSource
 
 
 def loads_teacher(config: Config) -> bool:
-    """Returns whether the teacher runs in training."""
+    """Returns True if the teacher runs in training."""
     return TeacherSource.planned(config).kind == "loaded"
 
 
 def reads_states(config: Config) -> bool:
-    """Returns whether the loss reads the teacher's states from the shards."""
+    """Returns True if the loss reads the teacher's states from the shards."""
     return TeacherSource.planned(config).kind == "states"
 
 

@@ -104,7 +104,7 @@ def build_senses(config: Config, world: World, *, force: bool = False) -> None:
         # tokenizer's. Only rank 0 needs them.
         entries: list[tuple[Entries, dict[str, int]]] = []
         vocab_size = teacher.load_config().vocab_size
-        on_main(lambda: entries.append(load_entries(config, teacher.load_tokenizer(), vocab_size)))
+        on_main(lambda: entries.append(load_entries(config, teacher.tokenizer, vocab_size)))
         # Never published: the folder stays a partial one.
         states = Building(config.path(kinds.STATES.folder), states_recipe(config, inputs))
         on_main(lambda: _prepare(building, states, force=force))

@@ -93,7 +93,7 @@ def _open_all(folders: Sequence[Path], teacher: ModelFolder) -> list[tuple[Sense
 
 def _merge(config: Config, dictionaries: Sequence[SenseDictionary], building: Building, teacher: ModelFolder) -> None:
     vocab_size, hidden_size = dictionaries[0].vocab_size, dictionaries[0].hidden_size
-    entries, entry_counts = load_entries(config, teacher.load_tokenizer(), vocab_size)
+    entries, entry_counts = load_entries(config, teacher.tokenizer, vocab_size)
     numbers = torch.stack([dictionary.senses_per_token for dictionary in dictionaries]).sum(0)
     states_per_token = torch.stack([dictionary.states_per_token for dictionary in dictionaries]).sum(0)
     sizes = torch.minimum(senses_per_token(states_per_token, config.senses), numbers)

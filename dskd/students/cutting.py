@@ -14,6 +14,7 @@ import torch
 
 from dskd.artifacts import kinds
 from dskd.artifacts.building import build_artifact
+from dskd.artifacts.hashing import MANIFEST_NAME
 from dskd.artifacts.manifest import Recipe, read_manifest, write_json
 from dskd.config import Config
 from dskd.console import say, stage
@@ -30,7 +31,7 @@ from dskd.students.measuring import measure_importance
 from dskd.students.pruned_teacher import can_be_compared, compare_with_pruned_teacher
 from dskd.students.spacing import as_text, choose_layers, num_removed_layers, settings_of
 
-_NOT_COPIED = ("config.json", WEIGHTS_INDEX, "manifest.json", ADAPTER_CONFIG, "hf_quant_config.json")
+_NOT_COPIED = ("config.json", WEIGHTS_INDEX, MANIFEST_NAME, ADAPTER_CONFIG, "hf_quant_config.json")
 # Keys of config.json that say where transformers found a model: in a folder, or what a GGUF file calls it.
 _PLACES = ("_name_or_path", "_model_name_or_path")
 _LOADED_ELEMENTS = 2**30  # a student with at most this many parameters is loaded as a test
@@ -71,7 +72,7 @@ def build_cut_student(config: Config, teacher: ModelFolder) -> None:
             cut_values = cut_config(values, layers, full.to_dict()) | attention_key(full)
             write_json(building.folder / "config.json", without_place(cut_values))
             copy_other_files(teacher, building.folder)
-            student = ModelFolder(building.folder, "", "", teacher.trust_remote_code)
+            student = ModelFolder(building.folder, "", teacher.trust_remote_code)
             check_kinds(whole, empty_model(student), layers)
             size_bytes = cut(teacher.path, layers, building.folder)
             check_student(student, teacher, layers)

@@ -49,7 +49,7 @@ def build_pretrained_student(config: Config, teacher: ModelFolder) -> None:
             write_json(building.folder / "config.json", values)
             copy_other_files(source, building.folder)
             size = write_weights(building.folder, reader, {name: name for name in reader.names})
-            student = ModelFolder(building.folder, "", "")
+            student = ModelFolder(building.folder, "")
             check_stored_tensors(empty_model(student), TensorReader(student.path), student)
             load_if_small(student)
             settings = config.student
@@ -65,7 +65,7 @@ def _require_all_tokens(teacher: ModelFolder, student: ModelFolder) -> None:
     Raises:
         UserError: if it has fewer.
     """
-    size, needed = vocabulary_size(student.load_config()), max(teacher.load_tokenizer().get_vocab().values()) + 1
+    size, needed = vocabulary_size(student.load_config()), max(teacher.tokenizer.get_vocab().values()) + 1
     if (of_teacher := vocabulary_size(teacher.load_config())) is not None:
         needed = min(needed, of_teacher)
     if size is not None and size < needed:

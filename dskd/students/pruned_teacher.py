@@ -24,7 +24,7 @@ _TOLERANCE = 1e-5  # relative to the norm of the states; healthy architectures d
 
 
 def can_be_compared(teacher: ModelFolder) -> bool:
-    """Returns whether the teacher is small enough to be loaded whole, in float32."""
+    """Returns True if the teacher is small enough to be loaded whole, in float32."""
     return TensorReader(teacher.path).numel * torch.float32.itemsize <= SMALL_BYTES
 
 

@@ -36,7 +36,7 @@ def require_same_tokenizer(teacher: ModelFolder, student: ModelFolder) -> None:
     Raises:
         UserError: with the first difference: the token id with both strings, the flag, or the text.
     """
-    difference = next(differences(teacher.load_tokenizer(), student.load_tokenizer()), None)
+    difference = next(differences(teacher.tokenizer, student.tokenizer), None)
     if difference is not None:
         raise UserError(
             f"student.path: the tokenizer in {student.path} is not that of the teacher, {teacher.path}: {difference}. "

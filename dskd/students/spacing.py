@@ -192,10 +192,10 @@ def _measured(config: Config, manifest: Manifest, num_layers: int, teacher: str 
         or teacher not in (None, manifest.teacher)
         or len(importance.layers) != num_layers
     ):
-        wanted = " and ".join(f"student.{key}: {getattr(student, key)}" for key in keys)
+        settings = " and ".join(f"student.{key}: {getattr(student, key)}" for key in keys)
         raise UserError(
             f"{config.path(kinds.STUDENT.folder)}: this student was not cut from this teacher with student.spacing: "
-            f"importance, {wanted}, so its manifest lacks the measurements that choose its layers; cut it again with "
+            f"importance, {settings}, so its manifest lacks the measurements that choose its layers; cut it again with "
             f"`{kinds.STUDENT.made_by}`"
         )
     return importance

@@ -10,7 +10,7 @@ from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, Recipe, read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder, find_pretrained_student, find_teacher, load_tokenizer, tokenizer_digest
+from dskd.models.folder import ModelFolder, find_pretrained_student, find_teacher
 from dskd.students import cutting, new, pretrained
 from dskd.students.spacing import require_chosen_layers
 
@@ -67,9 +67,8 @@ def open_made_model(config: Config, folder: Path, kind: str) -> tuple[ModelFolde
     Raises:
         UserError: when it is missing or damaged.
     """
-    manifest, trusted = read_manifest(folder, kind), trusts_code(config)
-    digest = tokenizer_digest(load_tokenizer(folder, trust_remote_code=trusted))
-    return ModelFolder(folder, manifest.digest, digest, trusted), manifest
+    manifest = read_manifest(folder, kind)
+    return ModelFolder(folder, manifest.digest, trusts_code(config)), manifest
 
 
 def trusts_code(config: Config) -> bool:

@@ -16,7 +16,7 @@ from dskd.tracking.system_metrics import collect_usage
 
 
 def data_tag(kind: str) -> str:
-    """Returns the tag for the digest of the data behind results of a kind, such as `evaluation` or `tasks/piqa`."""
+    """Returns the tag for the digest of the data that results of a kind, such as `tasks/piqa`, were measured on."""
     return f"{kind.replace('/', '_')}_data"
 
 

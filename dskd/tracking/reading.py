@@ -30,6 +30,11 @@ class TrackedRun:
     experiment: str
     experiment_id: str
 
+    @property
+    def label(self) -> str:
+        """Its name and the beginning of its id, since runs can have the same name."""
+        return f"{self.name} ({self.run_id[:8]})"
+
 
 def read_runs(config: Config, experiments: Sequence[str] = ()) -> list[TrackedRun]:
     """Returns the runs of `experiments` or, if none are named, of the config's experiment, newest first.

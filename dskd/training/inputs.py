@@ -58,13 +58,15 @@ class TrainingInputs:
     fit_source: TeacherSource | None  # of the teacher's states, to fit the width map; None if the run has no such map
 
 
-def load_inputs(config: Config) -> TrainingInputs:
+def load_inputs(config: Config, teacher: ModelFolder | None = None) -> TrainingInputs:
     """Finds the inputs of training and checks that they fit together.
+
+    `teacher` is the config's, if it was found before.
 
     Raises:
         UserError: naming both sides of the first mismatch.
     """
-    teacher, student = find_teacher(config), find_student(config)
+    teacher, student = teacher or find_teacher(config), find_student(config)
     require_configured_student(config, teacher, student)
     dictionary, senses = load_dictionary(config)
     require_fitting(dictionary, senses, teacher, _width_of_senses(config, teacher, student))

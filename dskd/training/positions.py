@@ -29,7 +29,7 @@ class SensePositions:
         return cls(seed, loss.relation_share, loss.min_relations)
 
     def number(self, lexical: int) -> int:
-        """Returns the number of positions that the relation term gets of a sample with so many lexical ones."""
+        """Returns the number of positions that the relation term gets of a sample with this many lexical ones."""
         return min(lexical, max(round(self.relation_share * lexical), self.min_relations))
 
     def draw(self, sample: Mapping[str, np.ndarray], sample_id: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -78,7 +78,7 @@ def ended_in_mlflow(tracker: Tracker) -> Iterator[None]:
         tracker.finish(status)
 
 
-def tags_of(config: Config, inputs: TrainingInputs, pair: ModelPair, world: World) -> dict[str, str]:
+def tags_of(inputs: TrainingInputs, pair: ModelPair, world: World) -> dict[str, str]:
     """Returns the tags of a run in MLflow: its ranks, and digests of what it reads."""
     tags = {
         "world_size": str(world.world_size),

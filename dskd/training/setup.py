@@ -141,7 +141,7 @@ def _track(
     tracker = start_tracking(
         config,
         world,
-        tags=tags_of(config, inputs, pair, world),
+        tags=tags_of(inputs, pair, world),
         datasets=lambda: datasets_of(config, inputs),
         curves=curve_titles(),
         start=Start(

@@ -6,7 +6,7 @@ If its lowest layers are frozen copies of the teacher's, it starts from the teac
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from dskd.config import Config
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.losses.head import DistillationHead, HeadSizes
-from dskd.models.causal_lm import build_sharded, empty_model, engine_settings
+from dskd.models.causal_lm import MAX_LIVE, build_sharded, empty_model, engine_settings
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import Decoder
 from dskd.models.head_probe import find_logit_transform
@@ -33,6 +33,9 @@ from dskd.training.width_map import build_width_map
 # gradients over micro-batches.
 MASTER_BYTES, MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4
 REDUCE_BUCKET = 50_000_000  # gradient elements that DeepSpeed reduces over the ranks in one operation
+# The only rank holds everything anyway. Weights that stay gathered take no more memory and need no gathering and
+# releasing in each module; and to scatter gradients, DeepSpeed would copy all of them twice.
+_ONE_CPU_RANK = {"stage3_param_persistence_threshold": MAX_LIVE, "reduce_scatter": False}
 
 
 class StudentModule(nn.Module):
@@ -132,7 +135,49 @@ def load_student(
         "checkpoint": {"load_universal": load_universal},
     }
     settings["zero_optimization"]["reduce_bucket_size"] = REDUCE_BUCKET
+    if world.world_size == 1 and world.device.type == "cpu":  # not yet tried on a GPU
+        settings["zero_optimization"] |= _ONE_CPU_RANK
     causal_lm = build_sharded(folder, settings, dtype, world, first_layer=trunk_depth)
+    student, trained = assemble(
+        causal_lm,
+        folder,
+        config,
+        world,
+        teacher=teacher,
+        margin=margin,
+        trunk_depth=trunk_depth,
+        mapped_width=mapped_width,
+    )
+    engine, *_ = deepspeed.initialize(model=student, optimizer=build_optimizer(trained, config), config=settings)
+    if not trunk_depth:
+        compare_with_transformers(engine, student.decoder, folder, world, dtype)
+    if config.corpus.packing == "documents" and not trunk_depth:
+        check_documents(engine, student.decoder, folder, world, dtype)
+    return engine
+
+
+def assemble(
+    causal_lm: Any,
+    folder: ModelFolder,
+    config: Config,
+    world: World,
+    *,
+    teacher: ModelFolder | None,
+    margin: float,
+    trunk_depth: int = 0,
+    mapped_width: int | None = None,
+) -> tuple[StudentModule, list[nn.Parameter]]:
+    """Makes the module that is trained, in training mode, of a causal LM, whose parameters may be sharded.
+
+    The arguments are those of :func:`load_student`; `causal_lm` lacks the lowest `trunk_depth` layers of `folder`.
+
+    Returns:
+        The module, and its trained parameters, each once.
+
+    Raises:
+        UserError: if nothing would be trained.
+    """
+    train, dtype = config.train, compute_dtype(config.precision, world.device)
     transform = find_logit_transform(causal_lm, folder)
     if train.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -147,7 +192,9 @@ def load_student(
     if trunk_depth:
         _drop_embeddings(causal_lm)
     output_weight = causal_lm.get_output_embeddings().weight
-    sizes = HeadSizes.of(train.loss_chunk_size, output_weight.ds_shape[0], world.device)
+    sizes = HeadSizes.of(
+        train.loss_chunk_size, getattr(output_weight, "ds_shape", output_weight.shape)[0], world.device
+    )
     head = DistillationHead(
         output_weight,
         teacher_matrix,
@@ -166,13 +213,15 @@ def load_student(
     student = StudentModule(Decoder(base_model(causal_lm)), head, names, width_map)
     # Activation checkpointing works in training mode only. `build_sharded` has removed dropout.
     student.train()
-    optimizer = torch.optim.AdamW(trained, lr=train.peak_learning_rate, weight_decay=train.weight_decay)
-    engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=settings)
-    if not trunk_depth:
-        compare_with_transformers(engine, student.decoder, folder, world, dtype)
-    if config.corpus.packing == "documents" and not trunk_depth:
-        check_documents(engine, student.decoder, folder, world, dtype)
-    return engine
+    return student, trained
+
+
+def build_optimizer(trained: Sequence[nn.Parameter], config: Config) -> torch.optim.Optimizer:
+    """Builds AdamW over the parameters."""
+    # Fused, a CPU passes once through weights, gradients and moments instead of ten times. On a GPU torch chooses.
+    fused = True if trained[0].device.type == "cpu" else None
+    train = config.train
+    return torch.optim.AdamW(trained, lr=train.peak_learning_rate, weight_decay=train.weight_decay, fused=fused)
 
 
 def _require_compiler() -> None:

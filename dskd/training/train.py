@@ -15,6 +15,7 @@ from dskd.distributed.collectives import any_rank
 from dskd.distributed.world import World
 from dskd.senses.dictionary import dictionary_folder
 from dskd.training import checkpoint_writing
+from dskd.training.freed_memory import keep_freed_memory
 from dskd.training.records import TrainingProgress, ended_in_mlflow
 from dskd.training.run import Run
 from dskd.training.setup import set_up
@@ -41,6 +42,8 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
     ):
         run = set_up(config, world, began=began, resume=resume, overwrite=overwrite)
         if run is not None:
+            if world.device.type == "cpu":  # not before, so that what loading the models took and freed is returned
+                keep_freed_memory()
             _train(run)
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster_lab.hosts import HostProcess, Lab
+from config_files import write_config
 from repository import REPOSITORY
-from tiny_work import BEFORE_TRAINING, TINY, copy_work, write_config
+from tiny_work import BEFORE_TRAINING, TINY, copy_work
 from tracked_results import losses_of
 
 from dskd.config.reading import load_config

@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-import yaml
 from compared_runs import EXPERIMENT, track_runs
+from config_files import MINIMAL, write_config
 from tiny_work import NO_RUNS
 
 
@@ -13,11 +13,7 @@ def tracked(tmp_path_factory, no_runs):
     """A config, and {name: run id} of its runs (see `track_runs`)."""
     folder = tmp_path_factory.mktemp("compare")
     path = folder / "config.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {"workdir": str(folder / "work"), "teacher": {"path": "a/b"}, "tracking": {"experiment": EXPERIMENT}}
-        )
-    )
+    write_config(path, MINIMAL, workdir=str(folder / "work"), tracking={"experiment": EXPERIMENT})
     (folder / "work").mkdir()
     shutil.copyfile(no_runs, folder / "work" / NO_RUNS)
     return path, track_runs(path)

@@ -7,8 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
-import yaml
 from compared_runs import DATA, STEPS, N, add_results, examples_of, track_run
+from config_files import write_config
 from scipy import stats
 from tiny_work import NO_RUNS
 
@@ -87,7 +87,7 @@ def test_example_tests_compare_the_groups_means_over_seeds(comparison):
 def empty(no_runs, tmp_path):
     """A config whose experiment has no runs yet."""
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({"workdir": str(tmp_path / "work"), "teacher": {"path": "a/b"}}))
+    write_config(path, {"workdir": str(tmp_path / "work"), "teacher": {"path": "a/b"}})
     (tmp_path / "work").mkdir()
     shutil.copyfile(no_runs, tmp_path / "work" / NO_RUNS)
     return path

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from config_files import MINIMAL, write_yaml
+from config_files import MINIMAL, write_config
 from repository import REPOSITORY
 
 from dskd.config import Config
@@ -36,7 +36,7 @@ from dskd.errors import UserError
 )
 def test_messages_say_in_plain_words_what_a_value_must_be(tmp_path, override, message):
     with pytest.raises(UserError) as error:
-        load_config(write_yaml(tmp_path, MINIMAL), [override])
+        load_config(write_config(tmp_path, MINIMAL), [override])
     assert f": {message}" in f"{error.value}\n"
 
 
@@ -60,11 +60,11 @@ def test_every_key_is_described():
 
 def test_a_refused_run_name_is_explained(tmp_path):
     with pytest.raises(UserError, match=r"'a b' cannot name a run: expected letters, digits, .* first"):
-        load_config(write_yaml(tmp_path, {**MINIMAL, "run": "a b"}))
+        load_config(write_config(tmp_path, {**MINIMAL, "run": "a b"}))
 
 
 def test_a_removed_key_is_refused_with_the_reason(tmp_path):
-    path = write_yaml(tmp_path, {**MINIMAL, "annotation": {"own_among_antonyms": False}})
+    path = write_config(tmp_path, {**MINIMAL, "annotation": {"own_among_antonyms": False}})
     with pytest.raises(
         UserError, match=r"config\.yaml:\d+: annotation\.own_among_antonyms: this key was removed: .* delete"
     ):

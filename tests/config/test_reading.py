@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from config_files import MINIMAL, write_yaml
+from config_files import MINIMAL, write_config
 from repository import REPOSITORY
 
 from dskd.config.reading import differences, load_config
@@ -40,12 +40,12 @@ def test_every_typo_in_a_shipped_config_is_reported(path, tmp_path):
     assert len(keys) > 20
     for key in keys:
         with pytest.raises(UserError) as error:
-            load_config(write_yaml(tmp_path, _renamed(data, key)))
+            load_config(write_config(tmp_path, _renamed(data, key)))
         assert f"{key[-1]}x" in str(error.value), key
 
 
 def test_all_problems_are_reported_at_once_with_their_lines(tmp_path):
-    path = write_yaml(
+    path = write_config(
         tmp_path,
         "workdir: w\n"
         "teacher:\n  path: a/b\n  offlaod: cpu\n"
@@ -71,7 +71,7 @@ def test_all_problems_are_reported_at_once_with_their_lines(tmp_path):
 
 
 def test_overrides_win_over_runs_and_runs_over_the_file(tmp_path):
-    path = write_yaml(
+    path = write_config(
         tmp_path,
         {**MINIMAL, "loss": {"margin": 2.0, "kd_weight": 0.1}, "run": "a", "runs": {"a": {"loss": {"margin": 3.0}}}},
     )
@@ -94,7 +94,7 @@ def test_differences_have_dotted_keys():
 
 def test_variables_are_expanded_in_paths_only(tmp_path, monkeypatch):
     monkeypatch.setenv("SCRATCH", "/scratch/me")
-    path = write_yaml(
+    path = write_config(
         tmp_path,
         {
             "workdir": "$SCRATCH/x$$y",
@@ -112,8 +112,9 @@ def test_variables_are_expanded_in_paths_only(tmp_path, monkeypatch):
 
 def test_unset_environment_variables_are_reported(tmp_path, monkeypatch):
     monkeypatch.delenv("NO_SUCH", raising=False)
-    path = write_yaml(
-        tmp_path, {**MINIMAL, "workdir": "$NO_SUCH/x", "corpus": {"source": "files", "train": ["${NO_SUCH}"]}}
+    path = write_config(
+        tmp_path,
+        {**MINIMAL, "workdir": "$NO_SUCH/x", "corpus": {"source": "files", "train": ["${NO_SUCH}"]}},
     )
     with pytest.raises(UserError) as error:
         load_config(path, ["tracking.uri=http://me:$NO_SUCH@host"])
@@ -138,7 +139,7 @@ def test_unset_environment_variables_are_reported(tmp_path, monkeypatch):
 )
 def test_impossible_paths_are_refused_with_their_keys(tmp_path, path, message):
     with pytest.raises(UserError, match=rf"config\.yaml:\d+: workdir: .*{message}"):
-        load_config(write_yaml(tmp_path, {"workdir": path, "teacher": {"path": "x"}}))
+        load_config(write_config(tmp_path, {"workdir": path, "teacher": {"path": "x"}}))
     with pytest.raises(UserError, match=rf"corpus\.train\.0: .*{message}"):
-        load_config(write_yaml(tmp_path, {**MINIMAL, "corpus": {"source": "files", "train": [path]}}))
-    assert load_config(write_yaml(tmp_path, {"workdir": "/x/$${y}", "teacher": {"path": "x"}})).workdir == "/x/${y}"
+        load_config(write_config(tmp_path, {**MINIMAL, "corpus": {"source": "files", "train": [path]}}))
+    assert load_config(write_config(tmp_path, {"workdir": "/x/$${y}", "teacher": {"path": "x"}})).workdir == "/x/${y}"

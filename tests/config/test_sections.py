@@ -1,7 +1,7 @@
 """The sections of a configuration: which values they take, and which keys fit together."""
 
 import pytest
-from config_files import MINIMAL, write_yaml
+from config_files import MINIMAL, write_config
 
 from dskd.config import Config
 from dskd.config.reading import load_config
@@ -30,7 +30,7 @@ TRAINED_PARTS = ("train_embeddings", "train_final_norm", "train_lm_head")
 )
 def test_values_out_of_range_are_refused(tmp_path, override):
     with pytest.raises(UserError, match="1 problem"):
-        load_config(write_yaml(tmp_path, MINIMAL), [override])
+        load_config(write_config(tmp_path, MINIMAL), [override])
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,13 @@ def test_values_out_of_range_are_refused(tmp_path, override):
 )
 def test_keys_of_another_corpus_source_are_all_reported(tmp_path, corpus, messages):
     with pytest.raises(UserError) as error:
-        load_config(write_yaml(tmp_path, {**MINIMAL, "corpus": corpus}))
+        load_config(write_config(tmp_path, {**MINIMAL, "corpus": corpus}))
     for message in messages:
         assert message in str(error.value)
 
 
 def test_layers_and_trained_layers_must_fit_together(tmp_path):
-    path = write_yaml(tmp_path, {**MINIMAL, "student": {"layers": [5, 1, 5], "train_layers": [1, 2]}})
+    path = write_config(tmp_path, {**MINIMAL, "student": {"layers": [5, 1, 5], "train_layers": [1, 2]}})
     with pytest.raises(UserError) as error:
         load_config(path)
     assert "student: layers: expected different layers in ascending order, such as [1, 5], found [5, 1, 5]" in str(
@@ -78,7 +78,7 @@ def test_layers_and_trained_layers_must_fit_together(tmp_path):
     ],
 )
 def test_a_student_of_which_nothing_is_trained_is_refused(tmp_path, student):
-    path = write_yaml(tmp_path, {**MINIMAL, "student": student})
+    path = write_config(tmp_path, {**MINIMAL, "student": student})
     with pytest.raises(UserError, match="student: nothing would be trained; set train_layers to 1 or more"):
         load_config(path)
     for part in TRAINED_PARTS:
@@ -87,7 +87,7 @@ def test_a_student_of_which_nothing_is_trained_is_refused(tmp_path, student):
 
 @pytest.mark.parametrize("student", [{"layers": 4}, {"path": "a/b"}, {"from_config": {**NEW, "layers": 4}}])
 def test_a_trained_layer_is_named_once(tmp_path, student):
-    path = write_yaml(tmp_path, {**MINIMAL, "student": student})
+    path = write_config(tmp_path, {**MINIMAL, "student": student})
     message = r"student: train_layers: expected different layers, such as \[1, 3\], found \[3, 1, 3\]"
     with pytest.raises(UserError, match=message):
         load_config(path, ["student.train_layers=[3, 1, 3]"])
@@ -96,7 +96,7 @@ def test_a_trained_layer_is_named_once(tmp_path, student):
 
 @pytest.mark.parametrize("samples", [[], ["student.importance_samples=9"]])
 def test_importance_chooses_layers_so_a_list_of_them_is_refused(tmp_path, samples):
-    path = write_yaml(tmp_path, {**MINIMAL, "student": {"layers": [0, 1], "spacing": "importance"}})
+    path = write_config(tmp_path, {**MINIMAL, "student": {"layers": [0, 1], "spacing": "importance"}})
     with pytest.raises(UserError, match=r"spacing: importance chooses layers, and `layers` is already a list of them"):
         load_config(path, samples)
     assert load_config(path, ["student.layers=2", *samples]).student.is_measured
@@ -109,7 +109,7 @@ def test_a_config_cannot_be_changed():
 
 
 def test_all_conflicts_between_sections_are_reported(tmp_path):
-    path = write_yaml(
+    path = write_config(
         tmp_path,
         {
             **MINIMAL,
@@ -151,7 +151,7 @@ def test_all_conflicts_between_sections_are_reported(tmp_path):
     ],
 )
 def test_a_trunk_that_the_config_rules_out_is_not_stored(tmp_path, student, reason):
-    path = write_yaml(tmp_path, {**MINIMAL, "student": student})
+    path = write_config(tmp_path, {**MINIMAL, "student": student})
     with pytest.raises(
         UserError, match=rf"annotation\.store: trunk_states .* they share none: {reason}; remove trunk_"
     ):
@@ -160,7 +160,7 @@ def test_a_trunk_that_the_config_rules_out_is_not_stored(tmp_path, student, reas
 
 
 def test_a_required_trunk_needs_its_states_if_training_reads_the_teachers(tmp_path):
-    path = write_yaml(tmp_path, {**MINIMAL, "student": {"shared_trunk": "on"}})
+    path = write_config(tmp_path, {**MINIMAL, "student": {"shared_trunk": "on"}})
     with pytest.raises(
         UserError, match=r"shared_trunk: on needs the trunk's states, .* \[teacher_states, trunk_states\]"
     ):
@@ -200,14 +200,14 @@ def test_a_required_trunk_needs_its_states_if_training_reads_the_teachers(tmp_pa
 )
 def test_keys_of_the_loss_without_effect_are_refused(tmp_path, loss, messages):
     with pytest.raises(UserError) as error:
-        load_config(write_yaml(tmp_path, {**MINIMAL, "loss": loss}))
+        load_config(write_config(tmp_path, {**MINIMAL, "loss": loss}))
     for message in messages:
         assert message in str(error.value)
 
 
 def test_a_run_can_have_another_form_of_the_sense_loss(tmp_path):
     forms = {"a": {}, "b": {"loss": {"sense_form": "distribution", "sense_candidates": ["own", "random"]}}}
-    path = write_yaml(tmp_path, {**MINIMAL, "loss": {"kd_weight": 0.0}, "run": "a", "runs": forms})
+    path = write_config(tmp_path, {**MINIMAL, "loss": {"kd_weight": 0.0}, "run": "a", "runs": forms})
     assert TeacherSource.planned(load_config(path)).kind == "none"
     config = load_config(path, ["run=b"])
     assert config.loss.sense_candidates == ("own", "random")
@@ -221,7 +221,7 @@ def test_a_run_can_have_another_form_of_the_sense_loss(tmp_path):
 )
 def test_nvme_offload_needs_both_of_its_keys(tmp_path, teacher, message):
     with pytest.raises(UserError, match=message):
-        load_config(write_yaml(tmp_path, {**MINIMAL, "teacher": {"path": "a/b", **teacher}}))
+        load_config(write_config(tmp_path, {**MINIMAL, "teacher": {"path": "a/b", **teacher}}))
 
 
 @pytest.mark.parametrize(
@@ -244,22 +244,22 @@ def test_nvme_offload_needs_both_of_its_keys(tmp_path, teacher, message):
 )
 def test_keys_for_another_student_are_refused_once(tmp_path, student, message):
     with pytest.raises(UserError, match="1 problem") as error:
-        load_config(write_yaml(tmp_path, {**MINIMAL, "student": student}))
+        load_config(write_config(tmp_path, {**MINIMAL, "student": student}))
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("student", [{"path": "a/b"}, {"from_config": NEW}])
 def test_a_student_that_is_not_cut_is_trained_whole_by_default_and_can_be_printed_and_read_again(tmp_path, student):
-    config = load_config(write_yaml(tmp_path, {**MINIMAL, "student": student}))
+    config = load_config(write_config(tmp_path, {**MINIMAL, "student": student}))
     printed = config.as_dict()["student"]
     trained = {"train_layers": "all", "train_embeddings": True, "train_final_norm": True, "train_lm_head": True}
     assert trained.items() <= printed.items()
-    assert load_config(write_yaml(tmp_path, config.as_dict())) == config
+    assert load_config(write_config(tmp_path, config.as_dict())) == config
     chosen = {**student, "train_layers": [0, 1], "train_embeddings": False}
-    section = load_config(write_yaml(tmp_path, {**MINIMAL, "student": chosen})).student
+    section = load_config(write_config(tmp_path, {**MINIMAL, "student": chosen})).student
     assert (section.train_layers, section.train_embeddings, section.train_lm_head) == ((0, 1), False, True)
     with pytest.raises(UserError, match=r"they share none: student\..* is not cut from the teacher"):
-        load_config(write_yaml(tmp_path, {**MINIMAL, "student": student}), ["annotation.store=[trunk_states]"])
+        load_config(write_config(tmp_path, {**MINIMAL, "student": student}), ["annotation.store=[trunk_states]"])
 
 
 def test_a_cut_student_has_the_defaults_that_it_always_had():
@@ -273,7 +273,7 @@ def test_a_cut_student_has_the_defaults_that_it_always_had():
 )
 def test_an_empty_path_is_refused(tmp_path, section):
     with pytest.raises(UserError, match="a path cannot be empty"):
-        load_config(write_yaml(tmp_path, {**MINIMAL, **section}))
+        load_config(write_config(tmp_path, {**MINIMAL, **section}))
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_an_empty_path_is_refused(tmp_path, section):
 )
 def test_what_a_teacher_that_writes_cannot_use_is_refused(tmp_path, content, message):
     with pytest.raises(UserError) as error:
-        load_config(write_yaml(tmp_path, {**MINIMAL, **content}))
+        load_config(write_config(tmp_path, {**MINIMAL, **content}))
     assert message in str(error.value)
     assert "me:pw" not in str(error.value)
 
@@ -326,9 +326,9 @@ def test_what_a_teacher_that_writes_cannot_use_is_refused(tmp_path, content, mes
 @pytest.mark.parametrize("override", ["corpus.server={!r}", "corpus={{source: teacher, server: {!r}}}"])
 def test_the_refusal_of_a_servers_url_does_not_repeat_it(tmp_path, url, message, override):
     with pytest.raises(UserError) as in_file:
-        load_config(write_yaml(tmp_path, {**MINIMAL, "corpus": {"source": "teacher", "server": url}}))
+        load_config(write_config(tmp_path, {**MINIMAL, "corpus": {"source": "teacher", "server": url}}))
     with pytest.raises(UserError) as in_override:
-        load_config(write_yaml(tmp_path, {**MINIMAL, "corpus": {"source": "teacher"}}), [override.format(url)])
+        load_config(write_config(tmp_path, {**MINIMAL, "corpus": {"source": "teacher"}}), [override.format(url)])
     for error in (in_file, in_override):
         assert "corpus.server: " in str(error.value)
         assert message in str(error.value)
@@ -339,14 +339,14 @@ def test_the_refusal_of_a_servers_url_does_not_repeat_it(tmp_path, url, message,
 def test_an_override_that_is_not_yaml_is_not_repeated_if_it_may_hold_a_key(tmp_path):
     for override in ("corpus.server=http://me:sekret@[", "corpus.server=[sekret", "http://me:sekret@host"):
         with pytest.raises(UserError) as error:
-            load_config(write_yaml(tmp_path, MINIMAL), [override])
+            load_config(write_config(tmp_path, MINIMAL), [override])
         assert "sekret" not in str(error.value)
     (tmp_path / "bad.yaml").write_text("corpus:\n  server: http://me:sekret@host: 8000\n")
     with pytest.raises(UserError, match=r"mapping values are not allowed here\n  line 2, column 32") as error:
         load_config(tmp_path / "bad.yaml")
     assert "sekret" not in str(error.value)
     with pytest.raises(UserError, match="found another value") as error:
-        load_config(write_yaml(tmp_path, {**MINIMAL, "corpus": {"source": "teacher", "server": ["sekret"]}}))
+        load_config(write_config(tmp_path, {**MINIMAL, "corpus": {"source": "teacher", "server": ["sekret"]}}))
     assert "sekret" not in str(error.value)
 
 
@@ -355,7 +355,7 @@ def test_an_override_that_is_not_yaml_is_not_repeated_if_it_may_hold_a_key(tmp_p
     ["http://localhost:8000", "https://api.example.org/openai/v1", "http://[::1]:80/v1", "http://10.0.0.1/v1beta"],
 )
 def test_the_common_url_of_a_server_is_kept_as_it_is(tmp_path, url):
-    config = load_config(write_yaml(tmp_path, {**MINIMAL, "corpus": {"source": "teacher", "server": f"{url}/"}}))
+    config = load_config(write_config(tmp_path, {**MINIMAL, "corpus": {"source": "teacher", "server": f"{url}/"}}))
     assert (config.corpus.server, config.corpus.as_dict()["server"]) == (url, url)
 
 
@@ -364,7 +364,7 @@ def test_a_path_that_may_hold_a_key_is_in_no_record(tmp_path):
     shown = []
     for key in ("sekret1", "sekret2"):
         corpus = {"source": "teacher", "server": f"http://host:8000/{key}/v1"}
-        config = load_config(write_yaml(tmp_path, {**MINIMAL, "corpus": corpus}))
+        config = load_config(write_config(tmp_path, {**MINIMAL, "corpus": corpus}))
         assert config.corpus.server == corpus["server"]
         shown.append(config.corpus.as_dict()["server"])
         assert shown[-1].startswith("http://host:8000/path-")

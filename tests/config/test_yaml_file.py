@@ -1,7 +1,7 @@
 """YAML of configurations: what is refused, numbers, and merged mappings."""
 
 import pytest
-from config_files import MINIMAL, write_yaml
+from config_files import MINIMAL, write_config
 
 from dskd.config.reading import load_config
 from dskd.errors import UserError
@@ -27,16 +27,16 @@ from dskd.errors import UserError
 )
 def test_files_that_are_not_configurations_are_refused(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
-        load_config(write_yaml(tmp_path, text))
+        load_config(write_config(tmp_path, text))
 
 
 def test_scientific_notation_needs_no_dot(tmp_path):
-    assert load_config(write_yaml(tmp_path, "workdir: w\nteacher: {path: a/b}\ntrain: {learning_rate: 5e-5}\n"))
-    assert load_config(write_yaml(tmp_path, MINIMAL), ["train.learning_rate=2e-5"]).train.learning_rate == 2e-5
+    assert load_config(write_config(tmp_path, "workdir: w\nteacher: {path: a/b}\ntrain: {learning_rate: 5e-5}\n"))
+    assert load_config(write_config(tmp_path, MINIMAL), ["train.learning_rate=2e-5"]).train.learning_rate == 2e-5
 
 
 def test_merged_keys_are_read_and_may_be_overridden(tmp_path):
-    path = write_yaml(
+    path = write_config(
         tmp_path,
         """
 x-common: &common {margin: 2.0, kd_weight: 3.0}
@@ -71,7 +71,7 @@ runs:
     ],
 )
 def test_mistakes_in_merged_keys_are_reported_with_their_lines(tmp_path, text, message):
-    path = write_yaml(tmp_path, f"workdir: w\nteacher: {{path: a/b}}\n{text}")
+    path = write_config(tmp_path, f"workdir: w\nteacher: {{path: a/b}}\n{text}")
     with pytest.raises(UserError, match=message):
         load_config(path)
 

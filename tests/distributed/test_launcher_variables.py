@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
+from config_files import write_config
 from rank_jobs import join_as_launched
 from rank_processes import finish, fork_ranks
 from repository import REPOSITORY
-from tiny_work import write_config
 
 from dskd.__main__ import main
 from dskd.distributed import rendezvous

@@ -8,8 +8,8 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from artifact_folders import replace_at_loading
+from config_files import write_config
 from rank_processes import run_program
 from repository import REPOSITORY
 from task_files import DATA, PLACES
@@ -57,7 +57,7 @@ def config(tmp_path_factory):
         "student": {"layers": 2, "train_layers": 1},
         "tasks": {**PLACES, "choice_shots": 2, "batch_size": 2},
     }
-    path.write_text(yaml.safe_dump(settings))
+    write_config(path, settings)
     build_student(load_config(path))
     return path
 
@@ -245,11 +245,11 @@ def test_data_that_is_missing_is_named_before_a_model_is_loaded(config, world, m
 def test_a_prompt_with_a_token_that_the_model_lacks_is_refused(tmp_path):
     save_model(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    size = ModelFolder(tmp_path, "", "").load_config().vocab_size
+    size = ModelFolder(tmp_path, "").load_config().vocab_size
     tokenizer.add_tokens([f"more{number}" for number in range(size - len(tokenizer))])
     loaded = Config(workdir=str(tmp_path), teacher={"path": "x"}, tasks={**PLACES, "choice_shots": 2})
     task = load_task(loaded, BENCHMARKS["piqa"])
-    candidate = Candidate("teacher", ModelFolder(tmp_path, "", ""))
+    candidate = Candidate("teacher", ModelFolder(tmp_path, ""))
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} <|im_end|>{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
     check_prompts(loaded, candidate, Prompter(tokenizer), [task])

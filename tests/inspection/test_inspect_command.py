@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 def _words_with_senses(config):
     """Words of the lexicon that are one token with synonyms, antonyms and at least two senses; most senses first."""
     dictionary, _ = load_dictionary(config)
-    entries, tokenizer = dictionary.entries, find_teacher(config).load_tokenizer()
+    entries, tokenizer = dictionary.entries, find_teacher(config).tokenizer
     words = sorted({relation.head for relation in load_lexicon(config) if len(relation.head) > 2})
     token_of = {
         word: ids[0] for word, ids in zip(words, tokenize_words(words, tokenizer), strict=True) if len(ids) == 1
@@ -76,7 +76,7 @@ def test_a_word_is_shown_with_the_content_of_all_artifacts(tiny, dskd, tmp_path)
 def test_a_span_is_shown_and_other_words_without_an_entry_are_explained(tiny, dskd):
     config = load_config(tiny)
     dictionary, _ = load_dictionary(config)
-    tokenizer = find_teacher(config).load_tokenizer()
+    tokenizer = find_teacher(config).tokenizer
     words = sorted({relation.head for relation in load_lexicon(config)})
     spans = {tuple(t for t in row if t >= 0): e for e, row in enumerate(dictionary.entries.span_tokens.tolist())}
     has_senses = dictionary.entry_offsets.diff()[dictionary.vocab_size :] > 0
@@ -127,7 +127,7 @@ def test_the_lexicon_is_the_same_with_and_without_a_dictionary(tiny, copy_of_tin
     for name in ("vocab_size", "whole_words", "heads", "other_heads", "unusable", "usable"):
         assert getattr(built.coverage, name) == getattr(on_the_spot.coverage, name)
     relations = load_lexicon(config)
-    entries, facts = build_entries(relations, find_teacher(config).load_tokenizer(), built.coverage.vocab_size)
+    entries, facts = build_entries(relations, find_teacher(config).tokenizer, built.coverage.vocab_size)
     both = (entries.synonym_offsets.diff() > 0) | (entries.antonym_offsets.diff() > 0)
     assert built.coverage.heads["either"] + built.coverage.other_heads == int(both.sum())
     assert sum(built.coverage.unusable.values()) + sum(built.coverage.usable.values()) == len(relations)

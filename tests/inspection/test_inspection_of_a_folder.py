@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import yaml
+from config_files import write_config
 from small_dictionaries import save_dictionary
 from tiny_models import save_model
 
@@ -24,7 +24,7 @@ def lexicon_only(tmp_path, dskd):
         "teacher": {"train_from_scratch": {}},
         "lexicon": {"wordnet": False, "tsv": [str(tmp_path / "own.tsv"), str(tmp_path / "more.tsv")]},
     }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    write_config(tmp_path / "config.yaml", config)
 
     def run(*arguments):
         return dskd(*arguments, "--config", tmp_path / "config.yaml")
@@ -107,7 +107,7 @@ def test_a_word_of_a_hand_made_work_directory(tmp_path):
         "lexicon": {"wordnet": False, "tsv": [str(tmp_path / "own.tsv")]},
         "senses": {"surface_forms": ["capitalized"]},
     }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    write_config(tmp_path / "config.yaml", settings)
     config = load_config(tmp_path / "config.yaml")
     build_lexicon(config)
     teacher = open_teacher(config)

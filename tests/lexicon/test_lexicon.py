@@ -77,12 +77,12 @@ def test_a_binary_tsv_is_refused(tmp_path):
 
 
 def test_wordnet_gives_the_relations_of_its_dictionary_files(monkeypatch):
-    """Of all adjectives and adverbs and of some nouns and verbs: nltk takes half a minute for all."""
+    """Of a part of each: nltk takes half a minute for all. All of the adjectives named below are in their part."""
     wordnet = open_wordnet()
     all_synsets = wordnet.reader.all_synsets
     read = [
         s
-        for part, count in (("n", 3000), ("v", 3000), ("a", None), ("r", None))
+        for part, count in (("n", 1500), ("v", 1500), ("a", 7000), ("r", 1000))
         for s in islice(all_synsets(part), count)
     ]
     monkeypatch.setattr(wordnet.reader, "all_synsets", lambda _: iter(read))

@@ -7,6 +7,7 @@ import re
 
 import pyarrow.parquet as pq
 import pytest
+from config_files import write_config
 from openpyxl import Workbook
 
 from dskd.artifacts.manifest import is_current, read_manifest
@@ -230,7 +231,7 @@ def test_a_refused_source_leaves_nothing(tmp_path):
     ],
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path, lexicon, message):
-    (tmp_path / "c.yaml").write_text(f"workdir: w\nteacher: {{path: x}}\nlexicon: {lexicon}\n")
+    write_config(tmp_path / "c.yaml", f"workdir: w\nteacher: {{path: x}}\nlexicon: {lexicon}\n")
     with pytest.raises(UserError) as error:
         load_config(tmp_path / "c.yaml")
     assert re.search(message, str(error.value))

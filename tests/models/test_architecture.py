@@ -21,7 +21,7 @@ _LLAMA = {
 
 def _folder(path, **values):
     (path / "config.json").write_text(json.dumps(values))
-    return ModelFolder(path, "", "")
+    return ModelFolder(path, "")
 
 
 @pytest.mark.parametrize("packing", ["documents", "stream", "none"])
@@ -55,7 +55,7 @@ def test_nothing_is_dropped_in_any_architecture(tmp_path, config):
     config.save_pretrained(tmp_path)
     rates = {
         f"{path}.{name}": value
-        for path, module in empty_model(ModelFolder(tmp_path, "", "")).named_modules()
+        for path, module in empty_model(ModelFolder(tmp_path, "")).named_modules()
         for name, value in vars(module).items()
         if ("drop" in name or (type(module).__name__.startswith("Dropout") and name == "p"))
         and isinstance(value, (int, float))

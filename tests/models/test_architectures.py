@@ -54,7 +54,7 @@ def test_numbers_are_those_of_transformers_and_the_page_says_what_is_supported(t
 def test_the_page_says_what_is_refused(tmp_path, name):
     written = written_rows()[name]
     model_config = ARCHITECTURES[name].config()
-    folder = ModelFolder(tmp_path / "teacher", "", "")
+    folder = ModelFolder(tmp_path / "teacher", "")
     model_config.save_pretrained(folder.path)
     config = Config(workdir="work", teacher={"path": "teacher"}, corpus={"packing": "stream", "sequence_length": 16})
     try:
@@ -74,7 +74,7 @@ def test_the_page_says_what_is_refused(tmp_path, name):
         try:
             values = cut_config(model_config.to_dict(), layers, folder.load_config().to_dict())
             write_json(tmp_path / "student" / "config.json", values)
-            check_kinds(whole, empty_model(ModelFolder(tmp_path / "student", "", "")), layers)
+            check_kinds(whole, empty_model(ModelFolder(tmp_path / "student", "")), layers)
         except UserError:
             refused.append(layers)
     assert cut == ("some layers" if refused else "yes")

@@ -16,7 +16,7 @@ from dskd.models.frozen import load_frozen
 from dskd.models.head_probe import find_logit_transform
 from dskd.models.output_head import LogitTransform
 
-FOLDER = ModelFolder(Path("teacher"), "", "")
+FOLDER = ModelFolder(Path("teacher"), "")
 
 
 def _empty(name):

@@ -36,7 +36,7 @@ def test_rotations_as_transformers_5_writes_them_are_read(tmp_path):
     LlamaConfig(**SHAPE).save_pretrained(tmp_path)
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500000.0}
     _edit(tmp_path, without=("rope_theta", "rope_scaling"), rope_parameters=rope, transformers_version="5.2.0")
-    config = ModelFolder(tmp_path, "", "").load_config()
+    config = ModelFolder(tmp_path, "").load_config()
     assert (config.rope_theta, config.rope_scaling) == (500000.0, {"rope_type": "linear", "factor": 4.0})
     values = read_model_config(tmp_path)
     assert values["rope_parameters"] == rope  # for transformers 5
@@ -50,7 +50,7 @@ def test_rotations_by_the_kind_of_a_layer_are_read(tmp_path):
         "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
     }
     _edit(tmp_path, without=("rope_theta", "rope_scaling", "rope_local_base_freq"), rope_parameters=rope)
-    config = ModelFolder(tmp_path, "", "").load_config()
+    config = ModelFolder(tmp_path, "").load_config()
     assert (config.rope_theta, config.rope_local_base_freq, config.rope_scaling["factor"]) == (7e5, 2e4, 8.0)
     rope["sliding_attention"] = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 2e4}
     _edit(tmp_path, rope_parameters=rope)
@@ -184,7 +184,7 @@ def test_a_tied_matrix_under_the_name_of_the_output_alone_is_refused(tmp_path):
     file, name = tmp_path / "model.safetensors", "model.embed_tokens.weight"
     tensors = load_file(file)
     save_file(tensors | {"lm_head.weight": tensors[name].clone()}, file, metadata={"format": "pt"})
-    folder = ModelFolder(tmp_path, "", "")
+    folder = ModelFolder(tmp_path, "")
     check_stored_tensors(empty_model(folder), TensorReader(tmp_path), folder)
     save_file({**{k: v for k, v in tensors.items() if k != name}, "lm_head.weight": tensors[name]}, file)
     with pytest.raises(UserError, match=rf"no tensor {name}, to which .* only lm_head.weight"):

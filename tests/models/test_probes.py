@@ -129,7 +129,7 @@ def test_a_model_that_takes_no_positions_is_refused(tmp_path, world):
 
     decoder = Decoder(WithoutPositions())
     with pytest.raises(UserError, match="WithoutPositions does not keep documents apart"):
-        check_documents(decoder, decoder, ModelFolder(tmp_path, "", ""), world, torch.float32)
+        check_documents(decoder, decoder, ModelFolder(tmp_path, ""), world, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -148,7 +148,7 @@ def test_both_types_judge_packed_documents_alike(tmp_path, dtype, name, apart):
 
     def check():
         decoder = Decoder(base)
-        check_documents(run, decoder, ModelFolder(Path("teacher"), "", ""), ONE_RANK, dtype)
+        check_documents(run, decoder, ModelFolder(Path("teacher"), ""), ONE_RANK, dtype)
 
     if apart:
         check()

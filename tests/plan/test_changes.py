@@ -5,6 +5,7 @@ import re
 import shlex
 
 import pytest
+from config_files import write_config
 from plans import LLAMA, MACHINES, SMALL, cluster_of, config_of, shapes_file
 
 from dskd.artifacts.building import build_artifact
@@ -22,7 +23,7 @@ def test_a_job_that_does_not_fit_is_refused_with_a_change_that_makes_it_fit(tmp_
     # A vocabulary that makes the teacher the largest part: 2 · 200,000 · 256 elements in float32 and more.
     shapes = shapes_file(tmp_path, vocab_size=200_000, hidden_size=256, num_hidden_layers=4)
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps({"workdir": str(tmp_path), "teacher": {"path": "a/b", "mode": "resident"}}))
+    write_config(config, {"workdir": str(tmp_path), "teacher": {"path": "a/b", "mode": "resident"}})
     options = ["--config", config, "--teacher-config", shapes, "--nodes", 1, "--gpus-per-node", 4, "--host-memory", 200]
     settings = ["student.layers=2", "corpus.sequence_length=256", "train.micro_batch_size=4"]
     code, printed, _ = dskd("plan", *options, "--gpu-memory", 80, *settings)
@@ -41,7 +42,7 @@ def test_a_stage_before_training_that_does_not_fit_is_refused_until_it_is_done(t
     """Annotation reads more texts at once than training, and also holds the teacher's output matrix."""
     shapes = shapes_file(tmp_path, vocab_size=200_000, hidden_size=256)
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps({"workdir": str(tmp_path / "work"), "teacher": {"path": "a/b", "mode": "zero3"}}))
+    write_config(config, {"workdir": str(tmp_path / "work"), "teacher": {"path": "a/b", "mode": "zero3"}})
     options = ["--config", config, "--teacher-config", shapes, "--nodes", 1, "--gpus-per-node", 2, "--host-memory", 200]
     options += ["student.layers=2", "student.train_layers=1", "annotation.batch_size=64", "senses.batch_size=1"]
     options += ["train.global_batch_size=2"]

@@ -6,6 +6,7 @@ import shlex
 from dataclasses import replace
 
 import pytest
+from config_files import write_config
 from plans import LLAMA, MACHINES, SMALL, STORED, cluster_of, config_of, shapes_file
 from repository import REPOSITORY
 from tiny_models import save_model
@@ -240,7 +241,7 @@ def test_the_documented_refusal_is_what_the_command_prints(monkeypatch, dskd):
 
 def _planned_states(tmp_path, dskd, *overrides, **teacher):
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps({"workdir": str(tmp_path / "work"), "teacher": {"path": "a/b", **teacher}}))
+    write_config(config, {"workdir": str(tmp_path / "work"), "teacher": {"path": "a/b", **teacher}})
     options = ["--config", config, "--teacher-config", shapes_file(tmp_path), "--nodes", 1, "--gpus-per-node", 1]
     options += ["--gpu-memory", 80, "--host-memory", 200, *SMALL, *overrides]
     return dskd("plan", *options)

@@ -10,6 +10,7 @@ from small_teachers import NUM_SENSES, write_job
 from dskd.artifacts.building import build_artifact
 from dskd.config.reading import load_config
 from dskd.corpus.written.write import recipe
+from dskd.models.folder import find_teacher
 from dskd.plan import GB
 from dskd.plan.architecture import Architecture
 from dskd.plan.shapes import teacher_shapes
@@ -81,7 +82,7 @@ def test_the_plan_has_a_table_of_it(tmp_path, dskd):
 
 def test_texts_that_are_written_are_counted(tmp_path):
     config = load_config(write_job(tmp_path, max_senses=5))
-    with build_artifact(config.path("written"), recipe(config)) as building:
+    with build_artifact(config.path("written"), recipe(config, find_teacher(config))) as building:
         building.facts["texts"] = 40
     architecture = Architecture(json.dumps(LLAMA), "llama")
     writing = plan_writing(config, cluster_of(), architecture, teacher_shapes(architecture))

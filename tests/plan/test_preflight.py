@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import yaml
+from config_files import write_config
 from rank_jobs import act_on_nodes
 from rank_processes import ONE_RANK, finish, fork_ranks, start_ranks
-from tiny_work import BEFORE_TRAINING, copy_work, write_config
+from tiny_work import BEFORE_TRAINING, copy_work
 
 from dskd.config.reading import load_config
 from dskd.errors import UserError

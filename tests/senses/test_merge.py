@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import yaml
+from config_files import write_config
 from small_dictionaries import all_vectors, save_dictionary
 from tiny_models import SHAPE, save_model
 from torch.nn import functional as F
@@ -34,10 +34,10 @@ def merged(tmp_path_factory):
         "lexicon": {"wordnet": False, "tsv": [str(folder / "own.tsv")]},
         "senses": {"k": 3, "path": str(folder / "merged")},
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    write_config(folder / "config.yaml", settings)
     config = load_config(folder / "config.yaml")
     build_lexicon(config)
-    vocabulary = find_teacher(config).load_tokenizer().get_vocab()
+    vocabulary = find_teacher(config).tokenizer.get_vocab()
     ids = {word: vocabulary[f"w{word}"] for word in (FEW, MANY, ONE_SIDE)}
     # MANY: three pairs of almost equal rows, with very different weights.
     near = torch.eye(D)[:3].repeat_interleave(2, dim=0) * 10 + torch.randn(6, D, generator=_seed(0)) / 100
@@ -121,7 +121,7 @@ def _seed(seed):
 def _write(config, folder, senses, teacher=None):
     source = find_teacher(config)
     recipe = Recipe("senses", {}, {}, teacher or source.digest, source.tokenizer_digest)
-    entries, _ = build_entries(load_lexicon(config), source.load_tokenizer(), V)
+    entries, _ = build_entries(load_lexicon(config), source.tokenizer, V)
     sizes = torch.tensor([len(senses[token][1]) if token in senses else 0 for token in range(entries.num_entries)])
     tokens = sorted(senses)
     vectors = torch.cat([senses[token][0] for token in tokens])

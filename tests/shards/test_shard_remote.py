@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
+from config_files import MINIMAL, write_config
 from rank_processes import ONE_RANK
 
 from dskd.artifacts.building import build_artifact
@@ -102,6 +103,6 @@ def test_only_errors_that_a_retry_would_repeat_are_lasting(error, expected):
 
 @pytest.mark.parametrize("place", ["bucket/shards", "s3:bucket", "s3://"])
 def test_an_address_of_no_remote_folder_is_refused_with_the_right_form(tmp_path, place):
-    (tmp_path / "config.yaml").write_text("workdir: w\nteacher: {path: x}\n")
+    write_config(tmp_path / "config.yaml", MINIMAL)
     with pytest.raises(UserError, match=r"is not a remote folder; give SCHEME://BUCKET/FOLDER"):
         load_config(tmp_path / "config.yaml", [f"train.shard_remote='{place}'"])

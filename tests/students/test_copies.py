@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-import yaml
+from config_files import write_config
 from tiny_models import save_model
 
 from dskd import pipeline
@@ -35,7 +35,7 @@ def config_file(request, tmp_path, monkeypatch):
         "corpus": {"sequence_length": 48},
     }
     file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(values))
+    write_config(file, values)
     build_student(load_config(file))
     assert _is_current(file)
     return file

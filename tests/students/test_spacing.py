@@ -1,12 +1,12 @@
 """Tests the choice of layers against choices made by hand, and blocks found by trying all of them."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
 from dskd.config import Config, StudentConfig
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder
 from dskd.students.cutting import recipe
 from dskd.students.spacing import Importance, choose_layers
 
@@ -82,7 +82,7 @@ def test_recipes_have_the_keys_that_choose_the_layers_and_no_others():
 
     def settings(**student):
         config = Config(workdir="w", teacher={"path": "t"}, student=student)
-        made = recipe(config, ModelFolder("t", "digest", "tokenizer"))
+        made = recipe(config, SimpleNamespace(digest="digest", tokenizer_digest="tokenizer"))
         return made.inputs, made.config
 
     assert settings(layers=4, spacing="first") == ({}, {"layers": 4, "spacing": "first"})

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import yaml
+from config_files import write_config
 
 from dskd.config import Config
 from dskd.errors import UserError
@@ -26,7 +26,7 @@ def gguf_config_file(path):
         "train": {"global_batch_size": 4},
     }
     values["corpus"]["train"] = [str(path.parent / "text.txt")]
-    file.write_text(yaml.safe_dump(values))
+    write_config(file, values)
     return file
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -122,7 +123,7 @@ def _head_gradients(folder: Path, world: World) -> None:
         loss={"hidden_weight": 0.3, "sense_weight": 0.8, "divergence": divergence, **of_form},
         train={"global_batch_size": 4, "micro_batch_size": 1, "loss_chunk_size": 5},
     )
-    student = ModelFolder(folder / "student", "", "")
+    student = ModelFolder(folder / "student", "")
     teacher = find_teacher(config)
     width = width_of_map(config.loss, student, teacher)
     engine = load_student(student, config, world, teacher=teacher, margin=1.3, accumulation_steps=2, mapped_width=width)
@@ -376,7 +377,10 @@ def run_harness(asked: Sequence[tuple[Path, Sequence[str]]], environment: dict[s
             os.environ.pop(name)
         os.environ |= {"HF_DATASETS_CACHE": str(asked[0][0] / "datasets"), "TOKENIZERS_PARALLELISM": "false"}
         from lm_eval.__main__ import cli_evaluate
+        from lm_eval.tasks import TaskManager
 
+        # It would read the definitions of its own tasks too, of which there are thousands, each time that it runs.
+        TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)
         for folder, arguments in asked:
             os.chdir(folder)
             sys.argv = ["lm_eval", *arguments]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
+from config_files import write_config
 from tiny_models import save_model
 from tiny_wordnet import write_wordnet
 
@@ -31,5 +31,5 @@ def write_job(folder: Path, *, chat_template: str | None = None, **corpus: Any) 
         "corpus": {"source": "teacher", "sequence_length": 16, "max_new_tokens": 20, "texts_per_sense": 8, **corpus},
     }
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    write_config(path, settings)
     return path

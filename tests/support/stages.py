@@ -29,5 +29,5 @@ def build_inputs_of_ranks(config: Config) -> None:
 def build_sequences_of(config: Config) -> ModelFolder:
     """Builds the sequences of a corpus with the tokenizer of the config's teacher, which it returns."""
     teacher = find_teacher(config)
-    build_sequences(config, teacher.load_tokenizer(), teacher.tokenizer_digest)
+    build_sequences(config, teacher.tokenizer, teacher.tokenizer_digest)
     return teacher

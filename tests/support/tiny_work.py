@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from config_files import write_config
 from rank_processes import finish, fork_ranks
 from repository import REPOSITORY
 from wordnet_files import pairs, read_synsets, some_texts
@@ -123,9 +124,3 @@ def copy_work(config: Path, folder: Path, *artifacts: str, **changes: object) ->
         else:
             shutil.copytree(source / artifact, target / artifact)
     return write_config(folder / "config.yaml", base, **{"workdir": str(target), **changes})
-
-
-def write_config(path: Path, base: dict, **changes: object) -> Path:
-    """Writes a YAML config: `base` with whole sections or top-level keys replaced."""
-    path.write_text(yaml.safe_dump({**base, **changes}), encoding="utf-8")
-    return path

@@ -12,11 +12,12 @@ import mlflow
 import pytest
 import torch
 import yaml
+from config_files import write_config
 from mlflow import MlflowClient
 from mlflow_server import SAME, tracking_config
 from rank_jobs import begin_tracking
 from rank_processes import ONE_RANK, finish, fork_ranks, run_program
-from tiny_work import BEFORE_TRAINING, write_config
+from tiny_work import BEFORE_TRAINING
 from transformers import AutoModelForCausalLM
 
 from dskd.artifacts.manifest import read_manifest

@@ -5,11 +5,11 @@ import shutil
 import pytest
 import torch
 from architectures import save_architecture
-from plain_reading import run_apart, steps_of_run
+from config_files import write_config
+from plain_training import PlainTraining
 from safetensors.torch import load_file
 from stages import build_inputs_of_training
-from tiny_work import NO_RUNS, write_config
-from torch.nn import functional as F
+from tiny_work import NO_RUNS
 from tracked_results import losses_of
 from transformers import AutoModelForCausalLM
 
@@ -72,36 +72,25 @@ def test_a_pair_trains_as_in_a_plain_loop_and_its_export_computes_the_same(
     train(config, world)
     build_export(config)
 
-    schedule, steps = steps_of_run(config, tmp_path / "cache")
-    plain_teacher, plain = _load("teacher"), _load(config.path("student"))
-    parameters = list(plain.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.total_steps)
+    student = _load(config.path("student"))
+    plain = PlainTraining(config, tmp_path / "cache", student=student, teacher=_load("teacher"), end=END)
     expected = {"loss": [], "ce": [], "kl": [], "hidden": []}
-    for _ in range(schedule.total_steps):
-        ids = torch.cat([batch["input_ids"] for batch in next(steps).micro_batches])
-        logits, states, has_target = run_apart(plain, ids, END)
-        with torch.no_grad():
-            target_logits, target_states, _ = run_apart(plain_teacher, ids, END)
-        ce = F.cross_entropy(logits[has_target], ids.roll(-1, dims=1).flatten()[has_target])
-        softened, target = ((each[has_target] / 1.5).log_softmax(-1) for each in (logits, target_logits))
-        kl = F.kl_div(softened, target, reduction="batchmean", log_target=True)
-        hidden = F.mse_loss(states[has_target], target_states[has_target])
+    for step in plain.steps():
+        ce, kl, hidden = step.ce().mean(), step.kl(1.5).mean(), step.hidden()
         total = ce + 0.8 * 1.5**2 * kl + 2.0 * hidden
-        optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.train.gradient_clipping)
-        optimizer.step()
-        decay.step()
+        plain.minimise(total)
         for name, value in (("loss", total), ("ce", ce), ("kl", kl), ("hidden", hidden)):
             expected[name].append(value.item())
     for name, values in expected.items():
         assert [value for _, value in losses_of(path, f"train/{name}")] == pytest.approx(values, rel=1e-4), name
-    trained, named = load_file(checkpoint.latest(config).path / checkpoint.TRAINED_FILE), dict(plain.named_parameters())
+    trained, named = (
+        load_file(checkpoint.latest(config).path / checkpoint.TRAINED_FILE),
+        dict(student.named_parameters()),
+    )
     assert set(trained) == set(named)
     for name, parameter in named.items():
         torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-5)
     exported = AutoModelForCausalLM.from_pretrained(config.path("export", config.run), dtype=torch.float32)
     ids = torch.arange(1, 13)[None]
     with torch.no_grad():
-        torch.testing.assert_close(exported(ids).logits, plain(ids).logits, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(exported(ids).logits, student(ids).logits, rtol=1e-3, atol=1e-3)

@@ -12,10 +12,11 @@ import pytest
 import torch
 import yaml
 from artifact_folders import update_manifest
+from config_files import write_config
 from rank_processes import run_program
 from safetensors.torch import load_file
 from stages import build_sequences_of
-from tiny_work import BEFORE_TRAINING, NO_RUNS, TINY, copy_work, write_config
+from tiny_work import BEFORE_TRAINING, NO_RUNS, TINY, copy_work
 
 from dskd.artifacts import kinds
 from dskd.artifacts.mds import INDEX, read_samples
@@ -346,7 +347,7 @@ def test_a_teacher_is_loaded_if_the_shards_have_none_of_its_states(copy_of_tiny)
 )
 def test_states_that_are_not_read_are_reported(tmp_path, held, overrides, reason):
     path = tmp_path / "config.yaml"
-    path.write_text(json.dumps({"workdir": str(tmp_path), "teacher": {"path": "a"}}))
+    write_config(path, {"workdir": str(tmp_path), "teacher": {"path": "a"}})
     facts = {"stored": {"columns": held, "dtype": "float32", "hidden_size": 8, "trunk_depth": 2}}
     config = load_config(path, overrides)
     source = TeacherSource.of(config, SimpleNamespace(facts=facts))

@@ -2,18 +2,20 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from artifact_folders import open_dataset, update_manifest
-from plain_reading import run_apart, steps_of_run
+from config_files import write_config
+from plain_reading import steps_of_run
+from plain_training import PlainTraining
 from rank_processes import ONE_RANK, run_program, start_ranks, wait_for_checkpoint
 from safetensors.torch import load_file, save_file
-from tiny_work import BEFORE_TRAINING, TINY, copy_work, write_config
+from tiny_work import BEFORE_TRAINING, TINY, copy_work
 from torch.distributions import Categorical, kl_divergence
-from torch.nn import functional as F
 from tracked_results import losses_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -103,54 +105,37 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_in_the_same_tracked_run(t
     ids=["plain fine-tuning", "all that the paper has not"],
 )
 def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_tiny, tmp_path, world, loss):
-    """The loop has no DeepSpeed, packing, chunks or sums: single documents, autograd, torch's AdamW and clipping."""
     settings = {**TINY["train"], "warmup_share": 0.0, "gradient_clipping": 0.5, "steps": 3, "num_workers": 0}
     config_path = copy_of_tiny(*BEFORE_TRAINING, loss=loss, train=settings)
     config = load_config(config_path)
     train(config, world)
 
-    schedule, steps = steps_of_run(config, tmp_path / "cache")
     teacher = AutoModelForCausalLM.from_pretrained(config.path("teacher"), dtype=torch.float32)
     student = AutoModelForCausalLM.from_pretrained(config.path("student"), dtype=torch.float32)
-    end_token = AutoTokenizer.from_pretrained(config.path("teacher")).eos_token_id
+    end = AutoTokenizer.from_pretrained(config.path("teacher")).eos_token_id
     dataset = open_dataset(config.path("shards", "train"), tmp_path / "again")
     vectors = load_file(config.path("senses", "senses.safetensors"))["vectors"].float()
-    parameters = list(student.model.layers[-1].parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.total_steps)
+    parameters = student.model.layers[-1].parameters()
+    plain = PlainTraining(
+        config, tmp_path / "cache", student=student, teacher=teacher, end=end, parameters=[*parameters]
+    )
     expected = []
-    for step in range(schedule.total_steps):
-        batches = next(steps).micro_batches
-        samples = [{**dataset[i], "sample_id": i} for batch in batches for i in batch["sample_ids"].tolist()]
-        ids = torch.cat([batch["input_ids"] for batch in batches])
-        logits, states, has_target = run_apart(student, ids, end_token)
-        with torch.no_grad():
-            target_logits, target_states, _ = run_apart(teacher, ids, end_token)
-        logits = logits[has_target]
+    for step in plain.steps():
+        samples = [{**dataset[i], "sample_id": i} for batch in step.micro_batches for i in batch["sample_ids"].tolist()]
         lexical = [max(row) >= 0 for sample in samples for row in _rows(sample, "synonym_ids", "antonym_ids")]
-        weights = torch.where(torch.tensor(lexical)[has_target], loss.get("lexical_weight", 1.0), 1.0)
         assert 0 < sum(lexical) < len(lexical)
-        drawn = _drawn_targets(config, samples)[has_target]
-        weights = weights * drawn / (weights * drawn).sum()
-        total = weights @ F.cross_entropy(logits, ids.roll(-1, dims=1).flatten()[has_target], reduction="none")
+        drawn = _drawn_targets(config, samples)
+        at_drawn = replace(step, has_target=drawn, labels=step.labels[drawn[step.has_target]])
+        weights = torch.where(torch.tensor(lexical)[drawn], loss.get("lexical_weight", 1.0), 1.0)
+        weights = weights / weights.sum()
+        total = weights @ at_drawn.ce()
         if loss["kd_weight"]:
             temperature = loss["temperature"]
-            kl = F.kl_div(
-                (logits / temperature).log_softmax(-1),
-                (target_logits[has_target] / temperature).log_softmax(-1),
-                reduction="none",
-                log_target=True,
-            )
-            kl = weights @ kl.sum(-1)
-            distance = F.mse_loss(states[has_target][drawn], target_states[has_target][drawn])
-            total = total + loss["kd_weight"] * temperature**2 * kl + loss["hidden_weight"] * distance
-            divergences = _sense_divergences(config, step, samples, vectors, states, target_states)
+            total = total + loss["kd_weight"] * temperature**2 * (weights @ at_drawn.kl(temperature))
+            total = total + loss["hidden_weight"] * at_drawn.hidden()
+            divergences = _sense_divergences(config, step.number, samples, vectors, step.states, step.teacher_states)
             total = total + loss["sense_weight"] * torch.stack(divergences).mean()
-        optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.train.gradient_clipping)
-        optimizer.step()
-        decay.step()
+        plain.minimise(total)
         expected.append(total.item())
     assert [value for _, value in losses_of(config_path)] == pytest.approx(expected, rel=1e-4)
     assert bool(losses_of(config_path, "train/sense_teacher_entropy")) == bool(loss["sense_weight"])

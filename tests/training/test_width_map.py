@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from plain_reading import run_apart, steps_of_run
+from plain_reading import run_apart
+from plain_training import PlainTraining
 from rank_processes import ONE_RANK, run_program
 from safetensors.torch import load_file
 from tiny_work import BEFORE_TRAINING, RESIDENT, TINY, copy_work
@@ -104,7 +105,6 @@ def test_training_with_a_map_is_what_a_plain_loop_does(narrow, world, tmp_path, 
     printed = capsys.readouterr().err
 
     manifest = shards.load_manifest(config, "train")
-    schedule, steps = steps_of_run(config, tmp_path / "cache")
     teacher = AutoModelForCausalLM.from_pretrained(config.path("teacher"), dtype=torch.float32)
     student = AutoModelForCausalLM.from_pretrained(config.path("student"), dtype=torch.float32)
     end = AutoTokenizer.from_pretrained(config.path("teacher")).eos_token_id
@@ -121,25 +121,12 @@ def test_training_with_a_map_is_what_a_plain_loop_does(narrow, world, tmp_path, 
 
     width_map = torch.nn.Parameter(torch.tensor(fit.T, dtype=torch.float32))
     parameters = [*student.parameters(), width_map]
-    settings = {"lr": config.train.learning_rate, "weight_decay": config.train.weight_decay}
-    optimizer = torch.optim.AdamW(parameters, **settings)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.total_steps)
+    plain = PlainTraining(config, tmp_path / "cache", student=student, teacher=teacher, end=end, parameters=parameters)
     expected = []
-    for step in steps:
-        if len(expected) == schedule.total_steps:
-            break
-        ids = torch.cat([batch["input_ids"] for batch in step.micro_batches])
-        logits, states, has_target = run_apart(student, ids, end)
-        with torch.no_grad():
-            target_states = run_apart(teacher, ids, end)[1]
-        mapped = states[has_target] @ width_map.T
-        total = F.cross_entropy(logits[has_target], ids.roll(-1, dims=1).flatten()[has_target])
-        total = total + 2.0 * F.mse_loss(mapped, target_states[has_target])
-        optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
-        optimizer.step()
-        decay.step()
+    for step in plain.steps():
+        mapped = step.states[step.has_target] @ width_map.T
+        total = step.ce().mean() + 2.0 * F.mse_loss(mapped, step.teacher_states[step.has_target])
+        plain.minimise(total)
         expected.append(total.item())
     assert [loss for _, loss in losses_of(narrow, "train/loss", "run=plain")] == pytest.approx(expected, rel=1e-4)
     trained = load_file(checkpoint.latest(config).path / checkpoint.TRAINED_FILE)

@@ -13,19 +13,25 @@ from dskd.corpus.chats.turns import DECODER, ChatColumns, ChatError
 from dskd.corpus.files import Document, read_records
 from dskd.corpus.hub import read_dataset_rows
 from dskd.errors import UserError, listed, shortened
-from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.folder import ModelFolder
 
 _MOST_PROBLEMS = 100
 _SHOWN_PROBLEMS = 10
 
 
-def fingerprint(config: Config) -> dict[str, str]:
-    """Returns the digests of the teacher's chat template and tokenizer, which write the chats."""
-    teacher, tokenizer = _teacher(config)
-    return {"chat_template": digest_of_json(tokenizer.chat_template), "tokenizer": teacher.tokenizer_digest}
+def fingerprint(teacher: ModelFolder) -> dict[str, str]:
+    """Returns the digests of the teacher's chat template and tokenizer, which write the chats.
+
+    Raises:
+        UserError: if it has no chat template.
+    """
+    return {
+        "chat_template": digest_of_json(_with_template(teacher).chat_template),
+        "tokenizer": teacher.tokenizer_digest,
+    }
 
 
-def read_chats_of_files(config: Config, files: list[Path], key: str) -> Iterator[Document]:
+def read_chats_of_files(config: Config, teacher: ModelFolder, files: list[Path], key: str) -> Iterator[Document]:
     """Yields the chats of files as documents with tokens. `key` is the config's key that names the files.
 
     Raises:
@@ -44,12 +50,12 @@ def read_chats_of_files(config: Config, files: list[Path], key: str) -> Iterator
             if is_empty:
                 without.append(str(path))
 
-    yield from _documents(config, columns, numbered(), f"corpus.{key}")
+    yield from _documents(config, teacher, columns, numbered(), f"corpus.{key}")
     if without:
         warn(f"corpus.{key}: {len(without):,} files have no chat: {shortened(without)}")
 
 
-def read_chats_of_dataset(config: Config, split: str) -> Iterator[Document]:
+def read_chats_of_dataset(config: Config, teacher: ModelFolder, split: str) -> Iterator[Document]:
     """Yields the chats of a split of `corpus.dataset` as documents; raises the errors of
     :func:`read_chats_of_files`.
     """
@@ -57,14 +63,13 @@ def read_chats_of_dataset(config: Config, split: str) -> Iterator[Document]:
     name = f"{config.corpus.dataset}/{split}"
     rows = read_dataset_rows(config.corpus, split, columns.all)
     numbered = ((f"{name}:{number}", row) for number, row in enumerate(rows))
-    yield from _documents(config, columns, numbered, f"corpus.dataset, split {split!r}")
+    yield from _documents(config, teacher, columns, numbered, f"corpus.dataset, split {split!r}")
 
 
 def _documents(
-    config: Config, columns: ChatColumns, numbered: Iterator[tuple[str, Any]], source: str
+    config: Config, teacher: ModelFolder, columns: ChatColumns, numbered: Iterator[tuple[str, Any]], source: str
 ) -> Iterator[Document]:
-    _, tokenizer = _teacher(config)
-    writer = ChatWriter(tokenizer, answers_only=config.corpus.loss_on == "assistant")
+    writer = ChatWriter(_with_template(teacher), answers_only=config.corpus.loss_on == "assistant")
     problems: list[str] = []
     not_text: list[str] = []
     special: list[str] = []
@@ -116,13 +121,11 @@ def _documents(
         )
 
 
-def _teacher(config: Config) -> tuple[ModelFolder, Any]:
-    """Returns the teacher and its tokenizer. Raises a UserError if that has no chat template."""
-    teacher = find_teacher(config)
-    tokenizer = teacher.load_tokenizer()
-    if not getattr(tokenizer, "chat_template", None):
+def _with_template(teacher: ModelFolder) -> Any:
+    """Returns the teacher's tokenizer. Raises a UserError if it has no chat template."""
+    if not getattr(teacher.tokenizer, "chat_template", None):
         raise UserError(
             f"{teacher.path}: its tokenizer has no chat template, which corpus.source: chat needs; use a "
             "teacher that was trained on chats, or add the file chat_template.jinja"
         )
-    return teacher, tokenizer
+    return teacher.tokenizer

@@ -31,7 +31,7 @@ from dskd.lexicon.reading import is_storable
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _REMEDY = "use a chat template with the marks {% generation %} and {% endgeneration %} around answers"
 _SHOWN_CHARACTERS = 40
-_NEAR_TOKENS = 8  # the end of a turn follows its answer within so many tokens
+_NEAR_TOKENS = 8  # the end of a turn follows its answer within this many tokens
 
 Passage = tuple[int, int]  # the first character of a part of the text, and the one after its last
 

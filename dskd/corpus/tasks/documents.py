@@ -20,20 +20,23 @@ from dskd.corpus.files import Document
 from dskd.corpus.tasks.benchmarks import Benchmark, Example, benchmarks_named
 from dskd.corpus.tasks.prompts import Prompter, Question, digest_of, with_shots
 from dskd.corpus.tasks.reading import read_examples
-from dskd.models.folder import find_teacher
+from dskd.models.folder import FindTeacher
 from dskd.random_numbers import derived_seed
 
 
-def fingerprint(config: Config) -> dict[str, str]:
-    """Returns {task: digest of its documents}, and under `prompts` the form of their prompts."""
-    inputs = {"prompts": _prompter(config).format}
+def fingerprint(config: Config, find: FindTeacher) -> dict[str, str]:
+    """Returns {task: digest of its documents}, and under `prompts` the form of their prompts.
+
+    `find` finds the teacher.
+    """
+    inputs = {"prompts": _prompter(config, find).format}
     for benchmark in benchmarks_named(config.corpus.tasks):
         sides = [digest_of(questions) for questions in _questions(config, benchmark)]
         inputs[benchmark.name] = digest_of_json([*sides, benchmark.new_tokens(config.tasks)])
     return inputs
 
 
-def read_task_documents(config: Config) -> tuple[Iterator[Document], Iterator[Document]]:
+def read_task_documents(config: Config, find: FindTeacher) -> tuple[Iterator[Document], Iterator[Document]]:
     """Returns the documents to train on and the held-out ones, task by task. Raises a UserError when a task's data is
     missing, or too small for its prompts.
     """
@@ -41,7 +44,7 @@ def read_task_documents(config: Config) -> tuple[Iterator[Document], Iterator[Do
     for benchmark in benchmarks_named(config.corpus.tasks):
         for side, questions in zip(sides, _questions(config, benchmark), strict=True):
             side += questions
-    prompter = _prompter(config)
+    prompter = _prompter(config, find)
     train, validation = (_documents(prompter, side, config.tasks) for side in sides)
     return train, validation
 
@@ -95,14 +98,14 @@ def _documents(prompter: Prompter, questions: list[Question], settings: TasksCon
         yield Document(name, text, text, question.benchmark.new_tokens(settings))
 
 
-def _prompter(config: Config) -> Prompter:
+def _prompter(config: Config, find: FindTeacher) -> Prompter:
     """Returns a prompter for the teacher's tokenizer.
 
     Without `teacher.path` the teacher will first be trained on these documents, and has no chat template.
     """
     if config.teacher.path is None:
         return Prompter(None)
-    return Prompter(find_teacher(config).load_tokenizer())
+    return Prompter(find().tokenizer)
 
 
 def _hash(seed: int, text: str) -> bytes:

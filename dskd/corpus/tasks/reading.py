@@ -96,7 +96,7 @@ def _rows_of_folder(benchmark: Benchmark, folder: Path, split: str) -> tuple[str
         endings = ("", *COMPRESSIONS)
         files = sorted(path for ending in endings for path in _visible(folder, pattern + ending))
         if files:
-            _require_one_version(benchmark, folder, pattern, files)
+            _require_one_version(benchmark, folder, files)
             return ", ".join(map(str, files[:3])), _published_rows(benchmark, files)
     files = _parquet_files(benchmark, folder, split)
     if files:
@@ -116,7 +116,7 @@ def _visible(folder: Path, pattern: str) -> Iterator[Path]:
             yield path
 
 
-def _require_one_version(benchmark: Benchmark, folder: Path, pattern: str, files: list[Path]) -> None:
+def _require_one_version(benchmark: Benchmark, folder: Path, files: list[Path]) -> None:
     names = [without_compression(path.name) for path in files]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -11,14 +11,14 @@ _TYPES_OF_TEXT = (None, "text", "output_text")  # of the parts of a content
 
 
 class UnreadableAnswerError(Exception):
-    """An answer with status 200 that has no text, or that says an error.
+    """An answer with status 200 that has no text, or that reports an error.
 
-    Its message continues "URL …", and may have the server's key in it.
+    Its message follows the URL in a sentence, and may contain the server's key.
     """
 
 
 def read_models(response: Response) -> list[str]:
-    """Returns the names of a server's models; none if the answer is something else.
+    """Returns the names of a server's models; none if the answer has no list of models.
 
     Raises:
         UnreadableAnswerError: if the answer is not JSON.
@@ -31,10 +31,10 @@ def read_models(response: Response) -> list[str]:
 
 
 def read_text(response: Response) -> str:
-    """Returns the text of a chat completion, also of one that a server sends as a stream although it need not.
+    """Returns the text of a chat completion; some servers send it as a stream although none was requested.
 
     Raises:
-        UnreadableAnswerError: if the answer breaks off, or is something else.
+        UnreadableAnswerError: if the answer breaks off, or is not a chat completion.
     """
     if response.headers.get("Content-Type", "").startswith("text/event-stream"):
         return _read_stream(response.content.decode("utf-8", "replace"))
@@ -73,7 +73,7 @@ def _read_stream(stream: str) -> str:
 def _json(content: bytes | str) -> Any:
     try:
         return json.loads(content)
-    except (ValueError, RecursionError):  # it breaks off, or is none
+    except (ValueError, RecursionError):  # it breaks off, or is not JSON
         raise UnreadableAnswerError("answers with something that is not JSON") from None
 
 
@@ -98,13 +98,13 @@ def _text_of(content: Any) -> str:
 
 
 def _thoughts_of(message: dict[str, Any]) -> str:
-    """Returns the thoughts that the server has separated from an answer, if it has."""
+    """Returns the thoughts that the server has separated from an answer; "" if it has not."""
     thoughts = message.get("reasoning_content") or message.get("reasoning")
     return thoughts if isinstance(thoughts, str) else ""
 
 
 def _with_thoughts(thoughts: str, content: str) -> str:
-    """Returns an answer with its thoughts as the model itself writes them, of which :class:`Prompter` knows the end."""
+    """Returns an answer with its thoughts, marked as models mark them, so that :class:`Prompter` finds their end."""
     if not thoughts:
         return content
     return f"{THOUGHTS}{thoughts}{END_OF_THOUGHTS}{content}" if content else f"{THOUGHTS}{thoughts}"

@@ -67,7 +67,7 @@ def note_writer(folder: Path, model: str) -> None:
 
 
 def read_writer(folder: Path) -> str | None:
-    """Returns the name that :func:`note_writer` has noted, None if there is none."""
+    """Returns the name that :func:`note_writer` has written; None if there is none."""
     file = folder / _WRITER
     return file.read_text(encoding="utf-8") if file.is_file() else None
 

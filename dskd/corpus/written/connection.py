@@ -1,7 +1,7 @@
-"""Requests to a server: their limits of time, further tries, and errors that never show the server's key.
+"""Requests to a server: time limits, repeated attempts, and errors that never show the server's key.
 
-What may be better a moment later (no connection, a time-out, 408, 409, 425, 429, 5xx, an answer that breaks off) is
-tried again.
+A request is repeated after a failure that may pass: no connection, a time-out, 408, 409, 425, 429, 5xx, or an answer
+that breaks off.
 """
 
 import http.client
@@ -26,11 +26,11 @@ from dskd.corpus.written.answers import UnreadableAnswerError
 from dskd.errors import OutageError, UserError, first_line
 
 _WAITS_S = (1, 2, 4, 8, 16, 32, 60, 60)  # before each further try
-_FIRST_TRIES = 3  # of these waits, until the server has answered once
+_FIRST_TRIES = 3  # of these waits, while the server has not answered once
 _STARTS_WITHIN_S = 600  # for a server that loads its model: it refuses connections, or answers 503 or 429
 _LONGEST_WAIT_S = 120  # that a server may ask for
 _CONNECTS_WITHIN_S = 10
-_ANSWERS_WITHIN_S = {"GET": 30, "POST": 600}  # in all, also if a byte comes each second
+_ANSWERS_WITHIN_S = {"GET": 30, "POST": 600}  # in all, even if a byte comes each second
 _MAY_PASS = (408, 409, 425, 429)
 _MAY_BE_STARTING = (429, 503)
 _NOT_UNDERSTOOD = (400, 422)
@@ -55,7 +55,7 @@ _NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL")
 
 
 class _TransientError(Exception):
-    """A failure that another try may not meet."""
+    """A failure that may pass, so the request is worth another try."""
 
     def __init__(self, reason: str, *, wait_s: float | None = None, may_be_starting: bool = False) -> None:
         super().__init__(reason)
@@ -94,7 +94,7 @@ class Connection:
         self.shown = self.hidden(shown_url(self._url))
 
     def hidden(self, text: str) -> str:
-        """Returns a text for a message: with *** for the key, also where it is escaped for JSON or a URL."""
+        """Returns a text for a message: with *** in place of the key, even if JSON or a URL escapes it."""
         return self._spellings.sub("***", text) if self._key else text
 
     def request(
@@ -106,11 +106,11 @@ class Connection:
         read: Callable[[Response], Any],
         stopping: threading.Event,
     ) -> Any:
-        """Returns what `read` makes of the answer, after further tries if need be.
+        """Sends a request, more than once if necessary, and returns what `read` makes of the answer.
 
         Raises:
             UserError: when the server refuses the request (a RefusedRequestError if it does not understand it).
-            OutageError: when it does not answer, also after several tries.
+            OutageError: when it does not answer after several tries.
         """
         self._started.setdefault(method, time.monotonic())
         for tries in itertools.count(1):
@@ -141,7 +141,7 @@ class Connection:
         wait_s = min(error.wait_s or _WAITS_S[min(tries, len(_WAITS_S)) - 1], _LONGEST_WAIT_S)
         if method in self._answered:
             return wait_s if tries <= len(_WAITS_S) else None
-        # Who has named a wrong server should not have to wait for minutes, but servers take minutes to load a model.
+        # A user who named a wrong server should not wait for minutes, but a server may take minutes to load its model.
         left = self._started[method] + _STARTS_WITHIN_S - time.monotonic()
         if left <= 0 or (tries > _FIRST_TRIES and not error.may_be_starting):
             return None
@@ -190,7 +190,7 @@ class Connection:
         raise self._refusal(response, path, (body or {}).get("model"))
 
     def _failure(self, error: requests.RequestException) -> Exception:
-        """Returns the error for a connection that there is not, or that breaks."""
+        """Returns the error for a connection that cannot be made, or that breaks off."""
         causes, reason = _causes(error), _reason(error)
         if any(mark in str(cause).upper().replace(" ", "_") for cause in causes for mark in _NOT_TLS):
             return UserError(
@@ -239,7 +239,7 @@ class Connection:
 def _within(limit_s: float, send: Callable[[], Response]) -> Response:
     """Returns what `send` returns; raises its error or, after `limit_s` seconds, a TimeoutError.
 
-    `requests` only limits the time between two bytes. Its thread is then left to itself.
+    `requests` only limits the time between two bytes. After a time-out the thread of the request runs on by itself.
     """
     answer: Future[Response] = Future()
 
@@ -282,7 +282,7 @@ def _wrong_proxy(variable: str) -> UserError:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """Returns an error and those that have caused it, also where a library has kept them as arguments only."""
+    """Returns an error and its causes, including those that a library keeps only as arguments."""
     found: list[BaseException] = []
     todo: list[Any] = [error]
     while todo:

@@ -1,7 +1,7 @@
-"""Which of the teacher's texts become documents of the corpus, and why others do not.
+"""The choice of the teacher's texts that become documents of the corpus, with the reasons why others do not.
 
-A text first loses the line that announces it, and is cut after its last whole sentence. It is a document if it then is
-no refusal, has enough words, does not repeat itself, and has the word that it was asked to use, perhaps inflected.
+A text first loses the line that announces it, and is cut after its last whole sentence. It becomes a document if it
+is no refusal, has enough words, does not repeat itself, and has the word that it was asked to use, perhaps inflected.
 """
 
 import functools
@@ -35,7 +35,7 @@ KEPT, ONLY_THOUGHTS, NO_SENTENCE, REFUSAL, TOO_SHORT, REPEATS, WITHOUT_WORD = (
 )
 _SCHEMA = pa.schema([("word", pa.string()), ("synset", pa.string()), ("number", pa.int32()), ("outcome", pa.string())])
 _LEAST_WORDS = 5
-_GRAM, _MOST_REPEATED = 3, 0.2  # the largest share of groups of three words that an earlier place has, too
+_GRAM, _MOST_REPEATED = 3, 0.2  # the largest share of groups of three words that occur earlier in the text
 _WORD = re.compile(r"[^\W_]+(?:['’.-][^\W_]+)*")
 # The end of a sentence, with quotes and brackets that close there.
 _END = re.compile(r"[.!?…。！？]+[\"'”’»)\]*_]*")
@@ -46,7 +46,7 @@ _ANNOUNCEMENT = re.compile(
     rf"(?:here(?:['’]s| is| are)\b[^\n:]*\b(?:{_TEXTS})\b[^\n:]*:[*_]*\s+|[^\n.!?]*:[*_\"”]* *\n\s*)",
     re.IGNORECASE,
 )
-# Only with a verb of what a model is asked to do: "I can't believe how hot it is" begins a text.
+# Only before a verb for something that a model is asked to do: "I can't believe how hot it is" begins a text.
 _UNABLE = r"i(?: cannot| can not| can['’]t|(?:['’]m| am) (?:unable|not able) to)"
 _SERVICES = (
     "write|provide|create|generate|produce|compose|fulfil|assist|help (?:you|with)|comply|do (?:that|this|so)|use|give|"
@@ -62,7 +62,7 @@ _REFUSAL = re.compile(
 
 @dataclass(frozen=True)
 class Judged:
-    """A text of the teacher, cut after its last whole sentence, and what becomes of it."""
+    """A text of the teacher, cut after its last whole sentence, with its outcome."""
 
     word: str
     synset: str
@@ -89,7 +89,7 @@ class SensesWithText:
 
 
 def judge_texts(config: Config) -> list[Judged]:
-    """Returns what becomes of each text of `WORKDIR/written`, in their order.
+    """Returns the outcome of each text of `WORKDIR/written`, in their order.
 
     Raises:
         UserError: when the file cannot be read as a table.
@@ -147,7 +147,7 @@ def whole_sentences(text: str) -> str:
 
 
 def repeated_share(words: Sequence[str]) -> float:
-    """Returns the share of the text's groups of three words that an earlier place of it has, too."""
+    """Returns the share of the text's groups of three words that occur earlier in it."""
     groups = [tuple(words[start : start + _GRAM]) for start in range(len(words) - _GRAM + 1)]
     return 1 - len(set(groups)) / len(groups) if groups else 0.0
 
@@ -160,7 +160,7 @@ def documents_of(judged: Sequence[Judged]) -> Iterator[Document]:
 
 
 def write_senses(judged: Sequence[Judged], folder: Path) -> SensesWithText:
-    """Writes `senses.parquet`, what became of each text, and returns the counts."""
+    """Writes the outcome of each text to `senses.parquet`, and returns the counts."""
     columns = {name: [getattr(each, name) for each in judged] for name in _SCHEMA.names}
     pq.write_table(pa.table(columns, schema=_SCHEMA), folder / SENSES_FILE, compression="zstd")
     senses = {(each.word, each.synset): False for each in judged}
@@ -181,8 +181,8 @@ def _lemmas(reader: Any) -> Callable[[str, str], set[str]]:
 
     @functools.cache
     def lemmas_of(form: str, part_of_speech: str) -> set[str]:
-        # All analyses, since `morphy` returns one: for "found" the verb found, not find. By the list of irregular forms
-        # and by the rules for endings: "leaves" is of leaf and of leave.
+        # All analyses, since `morphy` returns only one: for "found" the verb found, not find. The list of irregular
+        # forms and the rules for endings both count: "leaves" is a form of leaf and of leave.
         part = "a" if part_of_speech == "s" else part_of_speech
         return {lemma for check in (True, False) for lemma in reader._morphy(form, part, check)}
 

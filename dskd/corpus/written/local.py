@@ -33,7 +33,7 @@ def write_with_teacher(
         UserError: when a prompt leaves no room for a text, and the errors of
             :func:`dskd.models.sampling.load_sampler`.
     """
-    tokenizer, size = teacher.load_tokenizer(), config.corpus.batch_size
+    tokenizer, size = teacher.tokenizer, config.corpus.batch_size
     _require_positions(config, teacher, prompter, requests)
     sampler = load_sampler(teacher, config, world)
     sampling = Sampling(config.corpus.max_new_tokens, config.corpus.temperature, config.corpus.top_p)

@@ -43,7 +43,7 @@ class Request:
 
 
 def find_senses(wordnet: WordNet, tokenizer: Any, vocab_size: int, seed: int) -> list[Sense]:
-    """Returns all senses of all words that are one token, in an order that only `seed` decides."""
+    """Returns all senses of all words that are one token, in an order that depends only on `seed`."""
     senses: dict[tuple[str, str], Sense] = {}
     for synset in progress(wordnet.reader.all_synsets(), total=None, label="reading WordNet", unit="synsets"):
         for word in map(spelled, synset.lemma_names()):

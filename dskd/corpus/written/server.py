@@ -23,7 +23,7 @@ from dskd.corpus.written.requests import Request
 from dskd.errors import UserError
 
 T = TypeVar("T")
-_EMPTY_ANSWERS = 8  # the first so many end the run if they all have no text
+_EMPTY_ANSWERS = 8  # the run ends if none of its first answers, this many, has text
 
 
 class Server:
@@ -40,7 +40,7 @@ class Server:
             "top_p": corpus.top_p,
         }
         self.shown, self.hidden = self._connection.shown, self._connection.hidden
-        self.may_think = False  # True if the server refuses the wish for answers without thoughts
+        self.may_think = False  # True if the server refuses requests for answers without thoughts
 
     def find_model(self) -> str:
         """Returns the name of the model: the configured one or, if there is none, the only one of the server.
@@ -62,11 +62,11 @@ class Server:
         return self._model
 
     def ask(self, session: Session, question: str, seed: int, stopping: threading.Event) -> str:
-        """Returns the answer to a question, asking for one without thoughts unless the server refuses that wish.
+        """Returns the answer to a question, asking for one without thoughts unless the server refuses such requests.
 
         Raises:
             UserError: when the server refuses the request.
-            OutageError: when it does not answer, also after several tries.
+            OutageError: when it does not answer after several tries.
         """
         body = {
             "model": self.find_model(),
@@ -95,7 +95,7 @@ def write_with_server(
     Raises:
         UserError: when the server refuses a request, `corpus.server_model` does not tell which of its models to use,
             another model wrote the complete blocks, or the first answers have no text.
-        OutageError: when it does not answer, also after several tries. Complete blocks are kept.
+        OutageError: when it does not answer after several tries. Complete blocks are kept.
     """
     server = Server(config.corpus)
     model = server.find_model()

@@ -1,8 +1,8 @@
 """The stage in which the teacher writes texts: `WORKDIR/written`.
 
-What a text is drawn from depends on the seed, the sense and the number of the text, so any number of ranks writes the
-same texts, and a resumed run too. `corpus.batch_size` can change them: in another batch the last digits of the
-probabilities differ. A server's texts differ each time.
+The random numbers of a text depend on the seed, the sense and the number of the text, so any number of ranks, and a
+resumed run, writes the same texts. `corpus.batch_size` can change them: in another batch the last digits of the
+probabilities differ. A server writes other texts each time.
 """
 
 import contextlib
@@ -30,19 +30,19 @@ from dskd.models.limits import vocabulary_size
 from dskd.models.precision import resolve_precision
 
 
-def recipe(config: Config) -> Recipe:
+def recipe(config: Config, teacher: ModelFolder) -> Recipe:
     """Returns the recipe of the texts: every input and setting that affects them, except for the size of a batch.
 
     With a server, its URL and the name of its model stand for the teacher.
     """
-    corpus, teacher = config.corpus.as_dict(), find_teacher(config)
+    corpus = config.corpus.as_dict()
     settings: dict[str, Any] = {"seed": config.seed} | {key: corpus[key] for key in KEYS_OF_TEXTS}
     inputs = {"wordnet": open_wordnet(config.wordnet.path).digest}
     if config.corpus.server is not None:
         settings["server_model"] = corpus["server_model"]
         settings["server"] = _server_of_recipe(config)
         return Recipe(kinds.WRITTEN.name, inputs, settings, tokenizer=teacher.tokenizer_digest)
-    inputs["chat_template"] = digest_of_json(getattr(teacher.load_tokenizer(), "chat_template", None))
+    inputs["chat_template"] = digest_of_json(getattr(teacher.tokenizer, "chat_template", None))
     settings["precision"] = resolve_precision(config.precision)
     return Recipe(kinds.WRITTEN.name, inputs, settings, teacher=teacher.digest, tokenizer=teacher.tokenizer_digest)
 
@@ -84,7 +84,7 @@ def write_texts(config: Config, world: World, *, force: bool = False) -> None:
             known_to_all_ranks=True,
         )
     teacher = main_first(lambda: find_teacher(config))
-    building = Building(config.path(kinds.WRITTEN.folder), main_first(lambda: recipe(config)))
+    building = Building(config.path(kinds.WRITTEN.folder), main_first(lambda: recipe(config, teacher)))
     if not force and on_main(lambda: is_current(building.path, building.recipe)):
         say(f"up to date: {building.path}")
         return
@@ -94,7 +94,7 @@ def write_texts(config: Config, world: World, *, force: bool = False) -> None:
         Server(corpus).find_model()  # before WordNet is read, which takes far longer than to see that a URL is wrong
     writer = str(teacher.path) if corpus.server is None else shown_url(corpus.server)
     with stage("written: the teacher writes a text for every sense", reads=[writer], writes=building.path):
-        prompter = Prompter(teacher.load_tokenizer(), config.seed)
+        prompter = Prompter(teacher.tokenizer, config.seed)
         num_senses, requests = main_first(lambda: _find_requests(config, teacher))
         if corpus.server is None:
             how = "its chat template" if prompter.is_chat else "plain beginnings of texts: it has no chat template"
@@ -111,7 +111,7 @@ def _find_requests(config: Config, teacher: ModelFolder) -> tuple[int, list[Requ
     Raises:
         UserError: when there are none.
     """
-    tokenizer, wordnet = teacher.load_tokenizer(), open_wordnet(config.wordnet.path)
+    tokenizer, wordnet = teacher.tokenizer, open_wordnet(config.wordnet.path)
     senses = find_senses(wordnet, tokenizer, vocabulary_size(teacher.load_config()) or len(tokenizer), config.seed)
     if not senses:
         raise UserError(

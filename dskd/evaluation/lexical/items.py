@@ -90,7 +90,7 @@ def build_items(config: Config, teacher: ModelFolder) -> Manifest:
     target = config.path(kinds.LEXICAL_ITEMS.folder)
     current_recipe = recipe(config, teacher)
     if not is_current(target, current_recipe):
-        tokenizer = teacher.load_tokenizer()
+        tokenizer = teacher.tokenizer
         if not tokenizer.is_fast:
             raise UserError(
                 f"{teacher.path}: {type(tokenizer).__name__} does not report the letters of each token, so no word can "

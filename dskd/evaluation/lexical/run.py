@@ -48,7 +48,7 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
     ]
     stale = suite.find_stale(config, measurements, force=force)
     if stale:
-        on_main(lambda: check_items(items, [measurement.candidate for measurement in stale], teacher.load_tokenizer()))
+        on_main(lambda: check_items(items, [measurement.candidate for measurement in stale], teacher.tokenizer))
         text = HeldOutText(config, inputs, world)
 
     def measure(model: FrozenModel, measurement: Measurement) -> Callable[[], Outcome]:

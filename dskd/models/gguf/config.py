@@ -243,7 +243,7 @@ def _read_rotation_factors(file: GgufFile, config: Any) -> None:
 
 
 def _explains(scaling: dict[str, Any], factors: Any, config: Any) -> bool:
-    """Returns whether transformers computes the rotations of these factors from this scaling."""
+    """Returns True if transformers computes the rotations of these factors from this scaling."""
     import copy
 
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

@@ -91,7 +91,7 @@ def build_teacher(config: Config) -> None:
                 setattr(model_config, name, value)
             model_config.save_pretrained(building.folder)
             # Everything that needs no weights is checked before they are read.
-            folder = ModelFolder(building.folder, "", "", source=str(path))
+            folder = ModelFolder(building.folder, "", source=str(path))
             check_tensors(file, check_architecture(folder, config.corpus))
             check_limits(config, path, folder.load_config(), tokenizer)
             model = _dequantise(file, model_config)

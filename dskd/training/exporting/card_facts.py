@@ -61,7 +61,7 @@ def _on_this_machine(config: Config) -> ModelFolder:
     folder = Path(found).parent
     check_model_folder(folder, named_by="teacher.path", trust_remote_code=named.trust_remote_code)
     digest = digest_of_model(folder, cache=digest_cache(config, "teacher"))
-    return ModelFolder(folder, digest, "", named.trust_remote_code)
+    return ModelFolder(folder, digest, named.trust_remote_code)
 
 
 def collect_facts(
@@ -210,7 +210,7 @@ def _student(student: ModelFolder) -> dict[str, Any]:
         "digest": student.digest,
         "origin": origin_of(manifest),
         "num_layers": model_config.num_hidden_layers,
-        "has_chat_template": bool(student.load_tokenizer().chat_template),
+        "has_chat_template": bool(student.tokenizer.chat_template),
     }
     if facts["origin"] == "cut":
         facts["layers"] = manifest.facts["layers"]

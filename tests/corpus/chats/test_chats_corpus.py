@@ -106,7 +106,7 @@ def test_answers_are_targets_in_every_packing_and_no_chat_is_cut(tmp_path, confi
     chats = [_chat(number, turns=1 + number % 2) for number in range(30)]
     config = configure(train=(_write(tmp_path / "a.jsonl", chats),), packing=packing, sequence_length=300)
     sequences = _build(config)
-    tokenizer = find_teacher(config).load_tokenizer()
+    tokenizer = find_teacher(config).tokenizer
     found = []
     for split in ("train", "validation"):
         batch = sequences[split].batch(0, len(sequences[split]))
@@ -141,7 +141,7 @@ def test_a_limit_keeps_some_of_the_first_chats_and_not_the_longest(tmp_path, con
     config = configure(train=(_write(tmp_path / "a.jsonl", chats),), max_sequences=3, sequence_length=400)
     sequences = _build(config)["train"]
     assert len(sequences) == 3
-    text = "".join(find_teacher(config).load_tokenizer().batch_decode(sequences.batch(0, 3).input_ids))
+    text = "".join(find_teacher(config).tokenizer.batch_decode(sequences.batch(0, 3).input_ids))
     texts = list(read_texts(config, "train"))
     kept = [number for number, chat in enumerate(texts) if chat in text]
     assert len(kept) == text.count("You are Smol") == text.count("Answer")  # all of one turn
@@ -294,7 +294,7 @@ def test_chats_that_say_a_token_of_the_template_are_left_out_and_counted(tmp_pat
     ) in f"{' '.join(capsys.readouterr().err.split())} "
     batches = [sequences[split].batch(0, len(sequences[split])) for split in sequences]
     config = configure(train=(path,))
-    end = find_teacher(config).load_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    end = find_teacher(config).tokenizer.convert_tokens_to_ids("<|im_end|>")
     # Each of the other chats ends three turns, and only the answer's end counts.
     assert sum(int((batch.input_ids == end).sum()) for batch in batches) == 20 * 3
     assert sum(int((batch.input_ids.roll(-1)[batch.has_target] == end).sum()) for batch in batches) == 20
@@ -336,7 +336,7 @@ def test_long_chats_are_left_out_if_the_config_says_so_and_counted(tmp_path, con
     path = _write(tmp_path / "a.jsonl", [_chat(number, turns=1 + number % 2) for number in range(60)])
     config = configure(train=(path,), sequence_length=100, long_chats="drop")
     sequences = _build(config)["train"]
-    tokenizer, texts = find_teacher(config).load_tokenizer(), list(read_texts(config, "train"))
+    tokenizer, texts = find_teacher(config).tokenizer, list(read_texts(config, "train"))
     short = [text for text in texts if len(tokenizer.encode(text, add_special_tokens=False)) <= 100]
     assert 0 < len(short) < len(texts)
     rows = "".join(tokenizer.batch_decode(sequences.batch(0, len(sequences)).input_ids))

@@ -19,6 +19,7 @@ from dskd.corpus.written import blocks, connection
 from dskd.corpus.written import write as writing
 from dskd.corpus.written.write import write_texts
 from dskd.errors import OutageError, UserError
+from dskd.models.folder import find_teacher
 
 
 def _completion(text: Any) -> dict:
@@ -390,8 +391,8 @@ def test_the_manifest_has_no_path_that_may_hold_a_key_and_earlier_texts_stay_up_
     write_texts(hidden, ONE_RANK)
     path = config.path("written", "manifest.json")
     assert "sekret" not in path.read_text() + capsys.readouterr().err
-    assert is_current(config.path("written"), writing.recipe(hidden))
+    assert is_current(config.path("written"), writing.recipe(hidden, find_teacher(hidden)))
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"config": manifest["config"] | {"server": of_path.server}}))
-    assert is_current(config.path("written"), writing.recipe(hidden))
-    assert not is_current(config.path("written"), writing.recipe(config))
+    assert is_current(config.path("written"), writing.recipe(hidden, find_teacher(hidden)))
+    assert not is_current(config.path("written"), writing.recipe(config, find_teacher(config)))

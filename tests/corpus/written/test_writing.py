@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from config_files import write_config
 from rank_processes import ONE_RANK, run_program, start_ranks
 from safetensors.torch import load_file
 from small_teachers import CHAT_TEMPLATE, NUM_SENSES, write_job
@@ -31,12 +32,16 @@ pytestmark = pytest.mark.slow
 TEXTS = "written/texts.parquet"
 
 
+def _recipe(config):
+    return written_recipe(config, find_teacher(config))
+
+
 def _copy(config: Path, folder: Path, **corpus) -> Path:
     settings = yaml.safe_load(config.read_text())
     settings["workdir"] = str(folder / "work")
     settings["corpus"] |= corpus
     path = folder / "copy.yaml"
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    write_config(path, settings)
     return path
 
 
@@ -121,18 +126,18 @@ def test_the_corpus_has_the_texts_that_are_kept_and_says_what_became_of_the_othe
 )
 def test_texts_are_stale_when_what_they_were_written_with_changes(written, change, is_same):
     config = load_config(written, [change])
-    assert is_current(config.path("written"), written_recipe(config)) == is_same
+    assert is_current(config.path("written"), _recipe(config)) == is_same
 
 
 def test_texts_of_another_server_model_or_chat_template_are_stale(written, tmp_path):
     path = write_job(tmp_path)
-    before = written_recipe(load_config(path))
+    before = _recipe(load_config(path))
     server = ["corpus.server=http://localhost:1/v1"]
-    named = written_recipe(load_config(path, [*server, "corpus.server_model=a"]))
-    assert named != written_recipe(load_config(path, [*server, "corpus.server_model=b"]))
+    named = _recipe(load_config(path, [*server, "corpus.server_model=a"]))
+    assert named != _recipe(load_config(path, [*server, "corpus.server_model=b"]))
     assert named.teacher is None
     (tmp_path / "teacher" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    assert written_recipe(load_config(path)) != before
+    assert _recipe(load_config(path)) != before
 
 
 def test_the_pipeline_cuts_what_the_teacher_wrote_into_sequences(tmp_path, monkeypatch):

@@ -125,12 +125,12 @@ def test_a_teacher_whose_tokenizer_changed_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"made with other files of teacher.tokenizer: .*own .* make it again with"):
         find_teacher(config)
     build_teacher(config)
-    assert find_teacher(config).load_tokenizer().chat_template == "{{ messages }}"
+    assert find_teacher(config).tokenizer.chat_template == "{{ messages }}"
     settings = own / "tokenizer_config.json"
     settings.write_text(settings.read_text().replace('"eos_token": "<|im_end|>"', '"eos_token": "<|endoftext|>"'))
     assert not is_current(folder, recipe(config))
     build_teacher(config)
-    assert find_teacher(config).load_tokenizer().eos_token == "<|endoftext|>"
+    assert find_teacher(config).tokenizer.eos_token == "<|endoftext|>"
     own.rename(tmp_path / "gone")  # another node has only the work directory
     assert is_current(folder, recipe(config))
     assert find_teacher(config).path == folder

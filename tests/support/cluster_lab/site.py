@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from config_files import write_config
 from repository import REPOSITORY
-from tiny_work import write_config
 from tracked_results import losses_of
 
 from cluster_lab.slurm import Slurm

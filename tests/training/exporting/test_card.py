@@ -234,7 +234,7 @@ def test_a_pretrained_student_of_a_licence_that_we_do_not_know(licence, says):
 def test_a_folder_that_is_gone_is_not_taken_for_a_name_on_the_hub(tmp_path, monkeypatch):
     """Its name may be that of a customer. A model of the hub is found in a cache, under another path."""
     monkeypatch.chdir(tmp_path)
-    student = ModelFolder(tmp_path / "student", "", "")
+    student = ModelFolder(tmp_path / "student", "")
     for folder, name in (("private/model", None), ("cache/models--private--model/snapshots/0", "private/model")):
         with build_artifact(tmp_path / "student", Recipe("student", {}, {}, "t", "t")) as building:
             save_model(building.folder)
@@ -254,7 +254,7 @@ def _teacher(tmp_path, path, card=None):
     if card is not None:
         (folder / "README.md").write_text(card)
     config = Config(workdir=str(tmp_path / "work"), teacher={"path": path or str(folder)})
-    return describe_teacher(config, ModelFolder(folder, "", ""))
+    return describe_teacher(config, ModelFolder(folder, ""))
 
 
 def test_a_teacher_of_the_hub_is_looked_for_on_this_machine_and_never_fetched(tmp_path, monkeypatch, capsys):
@@ -317,7 +317,7 @@ def test_a_gguf_file_that_is_known_by_its_content_has_the_name_of_its_model(tmp_
         save_model(building.folder)
         building.facts["provenance"] = {"name": "Odd name", "license": "apache-2.0"}
     config = Config(workdir=str(tmp_path / "work"), teacher={"path": "x.gguf"})
-    facts = describe_teacher(config, ModelFolder(tmp_path / "teacher", "", ""))
+    facts = describe_teacher(config, ModelFolder(tmp_path / "teacher", ""))
     data, text = _card(tmp_path, _facts(facts))
     assert data.base_model == base
     assert f"# kd: a student of {name}\n" in text

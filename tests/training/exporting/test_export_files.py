@@ -28,7 +28,7 @@ def _student(folder, template, *, end="</s>", generation=None):
     (folder / "generation_config.json").unlink()
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
-    return ModelFolder(folder, "", ""), tokenizer
+    return ModelFolder(folder, ""), tokenizer
 
 
 def _export(student, tmp_path, trained=None):
@@ -113,8 +113,8 @@ def test_an_export_of_a_pretrained_student_has_the_licences_of_both_models(tmp_p
             (folder / name).write_text(text)
     with build_artifact(tmp_path / "student", Recipe("student", {}, {}, "t", "t")) as building:
         building.facts.update(origin="path", path=str(source), revision=None, folder=str(source))
-    student = ModelFolder(tmp_path / "student", "", "")
-    copy_licences(student, ModelFolder(teacher, "", ""), target)
+    student = ModelFolder(tmp_path / "student", "")
+    copy_licences(student, ModelFolder(teacher, ""), target)
     assert {file.name: file.read_text() for file in target.iterdir()} == {
         "LICENSE": "the student's",
         "LICENSE-of-teacher": "the teacher's",
