@@ -257,7 +257,7 @@ def _loss(loss: Mapping[str, Any]) -> str:
     ]
     weighted = "" if loss["lexical_weight"] == 1 else f"; words with relations weigh {loss['lexical_weight']:g}"
     share = loss.get("position_share", 1)
-    drawn = "" if share == 1 else f"; at {share:.0%} of the positions, drawn at random in each step"
+    drawn = "" if share == 1 else f"; at {100 * share:g} % of the positions, drawn at random in each step"
     return f"{' + '.join(terms)}{weighted}{drawn}"
 
 
