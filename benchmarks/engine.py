@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.states = True
     args.sequence_length = args.sequence_length or _SEQUENCE_LENGTH
     if unfit := [tokens for tokens in args.tokens if tokens % args.sequence_length or tokens < 1]:
-        parser.error(f"--tokens {unfit[0]} is no multiple of the sequences' {args.sequence_length} tokens")
+        parser.error(f"--tokens {unfit[0]} is not a multiple of the sequences' {args.sequence_length} tokens")
     at_start = machine()
     rows, results = [], []
     with work_directory(args) as path:

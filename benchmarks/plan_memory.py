@@ -4,7 +4,7 @@
     python -m benchmarks.plan_memory train.activation_checkpointing=true --modes zero3 --ranks 2
 
 Training is that of `launcher/train.py` without tracker and checkpoints: three steps of one micro-batch per rank. The
-figure is the most memory that a rank's tensors hold at one time. On a GPU, torch's allocator reports it. On a CPU it is
+figure is the most memory that a rank's tensors hold at once. On a GPU, torch's allocator reports it. On a CPU it is
 what the tensors hold when a step begins, plus what the allocator reports to the profiler within the step. The plan's
 `reserved` is not included. On a CPU the ranks communicate over gloo.
 """

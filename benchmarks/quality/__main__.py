@@ -25,6 +25,7 @@ examples:
                                                                    another workdir and corpus: {source: files, train:
                                                                    [handbook/*.txt], sequence_length: 128,
                                                                    validation_share: 0.2}
+  … --values-of written                                            there, with the values chosen on the text "written"
   python -m benchmarks.quality --report                            README.md from the results
 
 On a CPU one thread is nearly as fast as two at this size: OMP_NUM_THREADS=1. The same command may run several times at
@@ -57,6 +58,12 @@ def main() -> int:
         help="train arms with their chosen values on these numbers of tokens, and test them; more than the text has "
         "are several epochs of it",
     )
+    parser.add_argument(
+        "--values-of",
+        default="",
+        metavar="NAME",
+        help="tune nothing on this text: test arms with the values that were chosen on another text of the results",
+    )
     parser.add_argument("--pairs", nargs="*", default=[], metavar="FILE", help="pairs of AntSynNET")
     parser.add_argument(
         "--questions",
@@ -64,6 +71,11 @@ def main() -> int:
         default=[],
         metavar="BENCHMARK=FOLDER",
         help="arc_easy, arc_challenge, piqa, commonsense_qa, each with the folder of its files as published",
+    )
+    parser.add_argument(
+        "--separation",
+        action="store_true",
+        help="measure how well states tell the senses of a word apart, on WordNet's examples; a minute to find them",
     )
     parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="FILE.jsonl", help="default: the committed ones"
@@ -90,7 +102,7 @@ def main() -> int:
         from benchmarks.quality.arms import LOOK_SEEDS, TEST_SEEDS
         from benchmarks.quality.pairs import read_pairs
         from benchmarks.quality.questions import folder_of
-        from benchmarks.quality.trainings import Runner, require_arms
+        from benchmarks.quality.trainings import Runner, require_arms, require_values
         from dskd.artifacts.lock import release_lock
         from dskd.config.reading import load_config
         from dskd.pipeline import LOCK, run_pipeline
@@ -104,12 +116,16 @@ def main() -> int:
         read_pairs(pairs)
         for place in questions:
             folder_of(place)
-        read_results(args.results)
+        results = read_results(args.results)
+        if args.values_of:
+            if args.looks or args.length:
+                raise UserError("--values-of: looks and lengths cannot have values of another text")
+            require_values(results, args.values_of, args.arms)
         run_pipeline(args.config, overrides, until="shards")
         release_lock(config.path(LOCK))  # the pipeline holds it until this process ends
-        runner = Runner(config, args.name, args.results, pairs, questions, args.device)
+        runner = Runner(config, args.name, args.results, pairs, questions, args.device, separation=args.separation)
         seeds = args.seeds if args.seeds is not None else LOOK_SEEDS if args.looks else TEST_SEEDS
-        runner.run(args.arms, seeds, args.minutes * 60, looks=args.looks, lengths=args.length)
+        runner.run(args.arms, seeds, args.minutes * 60, looks=args.looks, lengths=args.length, values_of=args.values_of)
         return 0
 
     return run(action)

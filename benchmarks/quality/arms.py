@@ -234,7 +234,7 @@ GROUPS: Mapping[str, tuple[Arm, ...]] = {
             based_on="kd",
             as_long=True,
         ),
-        _added("hidden", "+ distance to the teacher's last state", "hidden_weight", (0.3, 1.0, 5.0)),
+        _added("hidden", "+ distance to the teacher's last state", "hidden_weight", (1.0, 5.0, 20.0)),
     ),
     "The sense loss": (
         # Senses, each with its controls.
@@ -245,8 +245,30 @@ GROUPS: Mapping[str, tuple[Arm, ...]] = {
             {"sense_words": "random"},
             against=("hidden",),
         ),
-        _with_senses("synonyms", "+ the sense loss without antonyms", {"antonym_weight": 0.0}),
-        _with_senses("antonyms", "+ the sense loss without synonyms", {"synonym_weight": 0.0}),
+        _with_senses(
+            "synonyms",
+            "+ the sense loss without antonyms",
+            {"antonym_weight": 0.0},
+            against=(*_PLAIN, "synonyms random"),
+        ),
+        _with_senses(
+            "synonyms random",
+            "control: random words for synonyms",
+            {"antonym_weight": 0.0, "sense_words": "random"},
+            against=(),
+        ),
+        _with_senses(
+            "antonyms",
+            "+ the sense loss without synonyms",
+            {"synonym_weight": 0.0},
+            against=(*_PLAIN, "antonyms random"),
+        ),
+        _with_senses(
+            "antonyms random",
+            "control: random words for antonyms",
+            {"synonym_weight": 0.0, "sense_words": "random"},
+            against=(),
+        ),
         _with_senses(
             "distribution",
             "+ the divergence of distributions over senses",
@@ -284,7 +306,12 @@ GROUPS: Mapping[str, tuple[Arm, ...]] = {
             against=(),
         ),
         # What the teacher lacks: a push from antonyms and nothing else, up to the teacher's own mean distance to them.
-        _with_senses("push", "+ the push from antonyms alone", _PUSH, against=("lexical weight",)),
+        _with_senses(
+            "push", "+ the push from antonyms alone", _PUSH, against=("lexical weight", "push everywhere, random")
+        ),
+        _with_senses(
+            "push everywhere, random", "control: from random words", _PUSH | {"sense_words": "random"}, against=()
+        ),
         _with_senses(
             "push where wrong",
             "+ the same where the teacher is nearer to antonyms than to synonyms",

@@ -10,7 +10,8 @@
 | preference | share of positions with both kinds of related words where the synonyms are more probable in the mean |
 
 Outside judges: `opposites`, `opposites_new` and `opposites_states` tell antonyms from synonyms
-(:mod:`benchmarks.quality.pairs`), and the names of benchmarks are accuracies on their questions
+(:mod:`benchmarks.quality.pairs`), `sense_separation` and `sense_separation_target` a word's senses
+(:mod:`benchmarks.quality.separation`), and the names of benchmarks are accuracies on their questions
 (:mod:`benchmarks.quality.questions`).
 
 Related words are tokens of the vocabulary. Shapes: N positions, V vocabulary, D hidden.
@@ -24,6 +25,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.quality.questions import QUESTIONS
+from benchmarks.quality.separation import SEPARATION
 from benchmarks.quality.text import Text, Words
 
 BY_TEXT = ("kl", "agreement", "perplexity", "lexical_perplexity", "choice", "preference")
@@ -31,6 +33,7 @@ OUTSIDE = (
     "opposites",
     "opposites_new",
     "opposites_states",
+    *SEPARATION,
     *(f"{name}{kind}" for name in QUESTIONS for kind in ("", "_norm")),
 )
 MEASURES = (*BY_TEXT, *OUTSIDE)
@@ -87,9 +90,9 @@ def is_at_chance(measures: Mapping[str, float], name: str, untrained: Mapping[st
 
     Such a measure says nothing about what a student learned from the teacher. Chance at `choice` and `preference` is
     the score of the `untrained` student, which can be above one half without any knowledge of the text. It is not known
-    of measures without a count, and of those that are no shares.
+    of measures without a count, and of those that are not shares.
     """
-    kind = name.removesuffix("_norm").removesuffix("_states")
+    kind = name.removesuffix("_norm").removesuffix("_states").removesuffix("_target")
     count = measures.get(f"{kind}_n")
     if not count or not math.isfinite(measures.get(name, math.nan)):
         return False

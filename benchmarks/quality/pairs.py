@@ -40,20 +40,20 @@ def read_pairs(files: Sequence[Path]) -> list[Pair]:
     """Reads files of pairs.
 
     Raises:
-        UserError: when a file cannot be read, or a line is no pair.
+        UserError: when a file cannot be read, or a line is not a pair.
     """
     found = []
     for file in files:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--pairs {file}: this is no file of pairs ({error})") from None
+            raise UserError(f"--pairs {file}: this is not a file of pairs ({error})") from None
         for number, line in enumerate(lines, start=1):
             match line.split("\t"):
                 case [one, other, "0" | "1" as label]:
                     found.append(Pair(one, other, label == "1"))
                 case _:
-                    raise UserError(f"--pairs {file}:{number}: this line is no pair of words with 0 or 1: {line!r}")
+                    raise UserError(f"--pairs {file}:{number}: this line is not a pair of words with 0 or 1: {line!r}")
     return found
 
 
@@ -78,7 +78,7 @@ class Pairs:
             known: the pairs of words that the study's own lexicon has.
 
         Raises:
-            UserError: when a line is no pair, or hardly a pair can be used.
+            UserError: when a line is not a pair, or no antonyms or no synonyms can be used.
         """
         usable, frames, words = [], [], []
         for pair in read_pairs(files):

@@ -38,6 +38,7 @@ _ON_LOOKS = (
 _ON_LENGTHS = (
     "Tokens are those of an arm that reads the text once in its test. Above one times the text it is repeated."
 )
+_ON_VALUES = "Every arm has the value that was chosen on the text `{text}`; nothing was tuned on this one."
 _ON_TRIALS = """Every arm builds on the values that were chosen before it. `batch` and `batch again` are tried at equal
 time, as are arms "as long"; all others read as much of the text as the arm that they build on. No arm builds on Muon,
 even where it has the lowest KL in as many steps: its step takes 5.6 times as long as AdamW's."""
@@ -78,7 +79,9 @@ def render(results: Sequence[Result]) -> str:
         if "look" in stages:
             parts += ["### Looks: untuned, on the validation part", _ON_LOOKS, *_compared(of_text, "look")]
         if "test" in stages:
-            parts += ["### Test", *_compared(of_text, "test")]
+            others = {result.values_of for result in of_text if result.stage == "test" and result.values_of}
+            parts += ["### Test", *(_ON_VALUES.format(text=other) for other in sorted(others))]
+            parts += _compared(of_text, "test")
         if "length" in stages:
             parts += ["### Length: the test with more tokens of training, or less", _ON_LENGTHS, *_lengths(of_text)]
     return "\n\n".join(parts) + "\n"
@@ -242,7 +245,7 @@ def _significant(rows: Iterable[Sequence[Difference | None]]) -> frozenset[int]:
         found |= {
             id(each)
             for each, value in zip(tests, corrected, strict=True)
-            if value < _THRESHOLD and each.low < each.high  # two equal differences are no proof
+            if value < _THRESHOLD and each.low < each.high  # two equal differences prove nothing
         }
     return frozenset(found)
 

@@ -43,6 +43,7 @@ class Result:
     source: Mapping[str, Any]
     judges: Mapping[str, str]  # {judge: its files}
     length: int = 0  # with the stage "length": tokens of training that were asked for
+    values_of: str = ""  # the text on which the arm's values were chosen; empty: this one
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -59,10 +60,10 @@ class Result:
         """Reads a line of the file. A measure without a value is NaN; a KL without one is infinite: it diverged.
 
         Raises:
-            ValueError, TypeError, AttributeError: when the line is no result, or lacks a setting.
+            ValueError, TypeError, AttributeError: when the line is not a result, or lacks a setting.
         """
         found = json.loads(line)
-        own = {field.name for field in fields(cls)} - {"length"}
+        own = {field.name for field in fields(cls)} - {"length", "values_of"}
         parts = (
             ("it lacks", own, found),
             ("its settings lack", {field.name for field in fields(Settings)}, found.get("settings", {})),
@@ -96,7 +97,7 @@ def read_results(path: Path) -> list[Result]:
     try:
         *lines, last = path.read_text(encoding="utf-8").split("\n")
     except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: this is no file of results ({error})") from None
+        raise UserError(f"{path}: this is not a file of results ({error})") from None
     if _is_whole(last):
         lines.append(last)
     results: dict[tuple[Any, ...], Result] = {}
@@ -104,7 +105,7 @@ def read_results(path: Path) -> list[Result]:
         try:
             result = Result.of_json(line)
         except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}:{number}: this is no result of the study ({error}); remove the line") from None
+            raise UserError(f"{path}:{number}: this is not a result of the study ({error}); remove the line") from None
         key = result.identity, "" if result.is_of_training else result.arm
         if key in results and not result.is_of_training:  # measured again, because there were more judges
             before = results[key]
@@ -211,14 +212,18 @@ def results_by_arm(results: Sequence[Result], text: str, names: Collection[str] 
     arms that are tested, to the one that they were made for, and to those in `names`. Results of tuning stay as they
     are.
     """
-    chosen = chosen_values(results, text)
-    tested = {arm.name: arm.settings(chosen, chosen[arm.name]) for arm in ARMS if arm.tested and arm.name in chosen}
+    tested = {}
+    for values_of in {result.values_of for result in results if result.text == text}:
+        chosen = chosen_values(results, values_of or text)
+        tested[values_of] = {
+            arm.name: arm.settings(chosen, chosen[arm.name]) for arm in ARMS if arm.tested and arm.name in chosen
+        }
 
     def arms_of(result: Result) -> list[str]:
         if result.stage == "look":
             looked_at = (arm for arm in ARMS if arm.tested or arm.name in (result.arm, *names))
             return [arm.name for arm in looked_at if arm.look_settings() == result.settings]
-        found = tested.items()
+        found = tested[result.values_of].items()
         if result.stage == "length":
             tokens = result.source["tokens"]
             found = {name: settings_of_length(now, result.length, tokens) for name, now in found}.items()

@@ -34,7 +34,7 @@ class Settings:
     beta2: float = 0.999
     weight_decay: float = 0.0
     position_share: float = 1.0  # of the positions, drawn at random in every step
-    # The loss, beside the terms of `dskd.config.LossConfig`.
+    # The loss, in addition to the terms of `dskd.config.LossConfig`.
     ce_weight: float = 1.0
     kd_weight: float = 0.7
     temperature: float = 2.0

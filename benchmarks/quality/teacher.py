@@ -21,7 +21,7 @@ from dskd.students.spacing import Importance, choose_layers, num_removed_layers
 if TYPE_CHECKING:
     from benchmarks.quality.text import Text
 
-_BATCH = 8  # sequences, whose states are computed at one time
+_BATCH = 8  # sequences, whose states are computed at once
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from benchmarks.quality.results import (
     require_same_source,
     settings_of_length,
 )
+from benchmarks.quality.separation import Examples
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.teacher import Student, Teacher, lower_states, run_layers
 from benchmarks.quality.terms import entropies
@@ -57,10 +58,15 @@ class Training:
     value: object
     settings: Settings
     length: int = 0  # tokens that the stage "length" asks for
+    values_of: str = ""  # the text on which the value was chosen; empty: the one of training
 
 
 def planned_trainings(
-    results: Sequence[Result], text: str, names: Sequence[str], seeds: Sequence[int] = TEST_SEEDS
+    results: Sequence[Result],
+    text: str,
+    names: Sequence[str],
+    seeds: Sequence[int] = TEST_SEEDS,
+    values_of: str = "",
 ) -> Iterator[Training]:
     """Yields the trainings in order; those that depend on a value that is not chosen yet are left out.
 
@@ -69,17 +75,25 @@ def planned_trainings(
         text: the name of the text.
         names: the arms to train, with those that they build on; empty for all.
         seeds: of the test; none for tuning alone.
+        values_of: another text, whose chosen values are tested on this one; empty to tune on this one.
+
+    Raises:
+        UserError: when the value of an arm in `names` is not chosen on `values_of` yet.
     """
     wanted = _with_bases(names)
-    chosen = chosen_values(results, text, wanted)
-    for arm in ARMS:
-        if arm.name in wanted and (arm.based_on is None or arm.based_on in chosen):
-            for value in arm.values(chosen):
-                yield Training("tune", arm, TUNING_SEED, value, arm.settings(chosen, value))
+    chosen = chosen_values(results, values_of or text, wanted)
+    if values_of:
+        require_values(results, values_of, names)
+    else:
+        for arm in ARMS:
+            if arm.name in wanted and (arm.based_on is None or arm.based_on in chosen):
+                for value in arm.values(chosen):
+                    yield Training("tune", arm, TUNING_SEED, value, arm.settings(chosen, value))
     for seed in seeds:  # seed by seed, so that an early end leaves complete pairs
         for name, value in chosen.items():
             if BY_NAME[name].tested:
-                yield Training("test", BY_NAME[name], seed, value, BY_NAME[name].settings(chosen, value))
+                settings = BY_NAME[name].settings(chosen, value)
+                yield Training("test", BY_NAME[name], seed, value, settings, values_of=values_of)
 
 
 def planned_lengths(
@@ -140,6 +154,22 @@ def require_arms(names: Sequence[str]) -> None:
         raise UserError(f"--arms: there is no {unknown[0]!r}; the arms are {', '.join(BY_NAME)}")
 
 
+def require_values(results: Sequence[Result], values_of: str, names: Sequence[str]) -> None:
+    """Checks that the values of arms are chosen on a text.
+
+    Raises:
+        UserError: when the value of one in `names` is not, or with no `names` that of no arm.
+    """
+    chosen = chosen_values(results, values_of, _with_bases(names))
+    missing = [name for name in names or ("kd",) if name not in chosen]
+    if missing:
+        texts = ", ".join(sorted({result.text for result in results})) or "none"
+        raise UserError(
+            f"--values-of {values_of}: the value of {missing[0]!r} is not chosen on this text yet (texts with results: "
+            f"{texts}); tune it there first, without --values-of"
+        )
+
+
 class Runner:
     """A runner that does the trainings on one text and saves their results."""
 
@@ -151,6 +181,8 @@ class Runner:
         pairs: Sequence[Path] = (),
         questions: Sequence[str] = (),
         device: str = "cpu",
+        *,
+        separation: bool = False,
     ) -> None:
         """Loads the teacher and the text.
 
@@ -162,6 +194,7 @@ class Runner:
             questions: places of benchmarks (:func:`benchmarks.quality.questions.folder_of`), which students that tuning
                 tries do not answer.
             device: of the teacher and of training.
+            separation: measure how well states tell the senses of a word apart, in students that tuning does not try.
 
         Raises:
             UserError: when a file cannot be used, or the results of this name have another source or other judges.
@@ -176,8 +209,11 @@ class Runner:
         self._material = Material(
             self._text, self._text.trunk_states, self._words, self._entropy(), dictionary, vectors
         )
-        self._judges: dict[str, Pairs | Questions] = {}
+        self._judges: dict[str, Pairs | Questions | Examples] = {}
         self._files: dict[str, str] = {}
+        if separation:
+            self._judges["separation"] = Examples.of(config)
+            self._files["separation"] = "WordNet's examples"
         if pairs:
             known = {frozenset((relation.head, relation.tail)) for relation in load_lexicon(config)}
             self._judges["pairs"] = Pairs.read(pairs, self._teacher, known)
@@ -200,6 +236,7 @@ class Runner:
         *,
         looks: bool = False,
         lengths: Sequence[int] = (),
+        values_of: str = "",
     ) -> bool:
         """Does all trainings that are not done yet; returns False if the time is over first.
 
@@ -211,6 +248,7 @@ class Runner:
             budget_s: no training starts after so many seconds.
             looks: do the looks instead.
             lengths: numbers of tokens; do the arms with their chosen values on these instead.
+            values_of: another text of the results, whose chosen values are tested; empty to tune on this one.
         """
         require_arms(names)
         started = time.monotonic()
@@ -225,7 +263,7 @@ class Runner:
                 tokens = self._text.input_ids.numel()
                 planned = planned_lengths(results, self._name, names, seeds, lengths, tokens)
             else:
-                planned = planned_trainings(results, self._name, names, seeds)
+                planned = planned_trainings(results, self._name, names, seeds, values_of)
             for training in planned:
                 empty = self._result(training, Cost(0, 0, 0, 0.0), {})
                 if empty.identity in done:
@@ -258,11 +296,12 @@ class Runner:
             append_result(self._path, self._result(training, error.cost, DIVERGED))
             say(f"{name}: it diverged ({error})")
             return
-        result = self._result(training, cost, self._measure(student, training.stage, training.stage != "tune"))
+        result = self._result(training, cost, self._measure(student, training.stage, is_final=training.stage != "tune"))
         append_result(self._path, result)
         say(f"{name}: {describe(result.measures)}; {cost.steps} steps, {cost.cpu_seconds:.0f} s of CPU")
 
-    def _measure(self, student: Student, stage: Stage, with_questions: bool) -> dict[str, float]:
+    def _measure(self, student: Student, stage: Stage, *, is_final: bool) -> dict[str, float]:
+        """Returns the measures of a student; if it is not `is_final`, as one that tuning tries, without slow ones."""
         at = self._parts["test" if stage in ("test", "length") else "validation"]
         held_out = self._lower_states(student, "held-out")
         student.eval()
@@ -278,7 +317,7 @@ class Runner:
         matrix = self._teacher.output_matrix
         found = measure(states, student.output_matrix.detach(), matrix, self._held_out, at, self._words)
         for name, judge in self._judges.items():
-            if isinstance(judge, Pairs) or with_questions:
+            if isinstance(judge, Pairs) or is_final:
                 found |= judge.measure(student, self._lower_states(student, name))
         return found
 
@@ -310,7 +349,7 @@ class Runner:
                     result = self._result(
                         Training(stage, Arm(name, ""), 0, None, settings),
                         Cost(0, 0, 0, 0.0),
-                        self._measure(student, stage, with_questions=True),
+                        self._measure(student, stage, is_final=True),
                     )
                     append_result(self._path, result)
                     say(f"{name}, {stage}: {describe(result.measures)}")
@@ -349,13 +388,14 @@ class Runner:
             self._source,
             {name: files for name, files in self._files.items() if measures.keys() & set(self._judges[name].measures)},
             training.length,
+            training.values_of,
         )
 
 
 def describe_source(teacher: Teacher, text: Text, held_out: Text, dictionary: str) -> dict[str, Any]:
     """Returns what binds results to a text, a teacher and a sense dictionary, whose digest is given.
 
-    Beside the digest of all these they are facts for the report: the teacher's shape, the tokens of the training text
+    These are the digest of all of them, and facts for the report: the teacher's shape, the tokens of the training text
     and of a sequence, and the positions of each part of the held-out text.
     """
     model = teacher.causal_lm.config

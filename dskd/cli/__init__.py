@@ -1,4 +1,4 @@
-"""The command line: a module for each verb of `dskd`, with its parser and its run function, and three that are no verbs
+"""The command line: a module for each verb of `dskd`, with its parser and its run function, and three others
 (`program`, `launching` and `results`).
 
 program    shared by all programs: arguments, overrides, ranks, exit codes
@@ -9,7 +9,7 @@ export     makes a Hugging Face model from a checkpoint
 config     explains the keys, or checks a file
 wordnet    finds WordNet on this machine
 smollm2    fetches the teacher of configs/quickstart.yaml
-status     prints how far a run is trained
+status     prints the progress of a run
 preflight  checks the nodes of a job
 plan       predicts memory, time and disk space
 compare    compares runs

@@ -27,7 +27,7 @@ Speed is an estimate from the rates below.
 """
 EPILOG = f"""
 The shapes of these models are built in: {", ".join(sorted(KNOWN_MODELS))}.
-Those of any other are read from its folder or the hub, or from the file of --teacher-config.
+Those of any other are read from its folder or the Hub, or from the file of --teacher-config.
 
 examples:
   dskd plan --config configs/llama3-8b-16layers.yaml --nodes 1 --gpus-per-node 8 --gpu-memory 80 --host-memory 1000

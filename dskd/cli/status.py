@@ -1,4 +1,4 @@
-"""The verb `dskd status`: prints how far a run is trained."""
+"""The verb `dskd status`: prints the progress of a run."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from dskd.cli.program import add_config_arguments, add_verb
 from dskd.config.reading import load_config
 from dskd.errors import UNFINISHED_EXIT_CODE
 
-HELP = "print how far a run is trained; exit code 0 if it is finished, 3 if not"
+HELP = "print the progress of a run; exit code 0 if it is finished, 3 if not"
 EPILOG = """
 examples:
   dskd status --config configs/quickstart.yaml                                       of the run that `run` chooses

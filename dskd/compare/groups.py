@@ -129,7 +129,7 @@ def _common_name(names: Sequence[str]) -> str:
     distinct = list(dict.fromkeys(names))
     if len(distinct) == 1:
         return distinct[0]
-    alike = os.path.commonprefix(distinct)  # noqa: RUF071 # by letters, as names are no paths
+    alike = os.path.commonprefix(distinct)  # noqa: RUF071 # by letters, as names are not paths
     prefix = re.sub(r"[-_.=+ ]+(?:seed|s)?[-_.=+ ]*\d*$", "", alike)
     return prefix or f"{distinct[0]} and others"
 

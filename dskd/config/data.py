@@ -22,7 +22,7 @@ _KEYS_OF_SOURCES = {
     ("chat",): ("loss_on", "long_chats"),
     ("teacher",): WRITING_KEYS,
 }
-LARGEST_BATCH = 256  # texts that are written at one time, and saved together
+LARGEST_BATCH = 256  # texts that are written at once, and saved together
 
 # The states of the teacher that shards can store, by the names of their columns.
 TEACHER_STATES, TRUNK_STATES = "teacher_states", "trunk_states"
@@ -53,10 +53,10 @@ class CorpusConfig(Section):
         (), description="with source: files or chat. Held-out files; empty: a share of the training documents"
     )
     dataset: PathText | None = Field(
-        None, description="with source: huggingface or chat. Its name on the hub, or a folder"
+        None, description="with source: huggingface or chat. Its name on the Hub, or a folder"
     )
     dataset_config: str | None = Field(None, description="configuration of the dataset, if it has several")
-    dataset_revision: str | None = Field(None, description="branch, tag or commit of a dataset on the hub")
+    dataset_revision: str | None = Field(None, description="branch, tag or commit of a dataset on the Hub")
     train_split: str = Field("train", min_length=1, description="split of the dataset to train on")
     validation_split: str | None = Field(None, description="held-out split; null: a share of the training documents")
     text_field: str = Field(
@@ -109,7 +109,7 @@ class CorpusConfig(Section):
         32,
         ge=1,
         le=LARGEST_BATCH,
-        description="with source: teacher, without server. Texts that a rank writes at one time",
+        description="with source: teacher, without server. Texts that a rank writes at once",
     )
     server: ServerUrl | None = Field(
         None,
@@ -119,7 +119,7 @@ class CorpusConfig(Section):
     server_model: str | None = Field(
         None, min_length=1, description="with server. Name of the model there; null: its only one"
     )
-    server_requests: int = Field(32, ge=1, le=4096, description="with server. Requests that it gets at one time")
+    server_requests: int = Field(32, ge=1, le=4096, description="with server. Requests that it gets at once")
     max_sequences: int | None = Field(None, ge=1, description="largest number of training sequences; null: all")
     max_validation_sequences: int | None = Field(
         None, ge=1, description="largest number of held-out sequences; null: all"
@@ -130,7 +130,7 @@ class CorpusConfig(Section):
         if self.source == "files" and not self.train:
             yield "source: files needs corpus.train, a list of paths or globs"
         if self.source == "huggingface" and not self.dataset:
-            yield "source: huggingface needs corpus.dataset, a name on the hub or a folder"
+            yield "source: huggingface needs corpus.dataset, a name on the Hub or a folder"
         if self.source == "chat":
             yield from self._problems_of_chats()
         if self.source == "teacher":
@@ -143,7 +143,7 @@ class CorpusConfig(Section):
         if self.server is not None and self.changed(_KEYS_OF_RANKS):
             yield (
                 "corpus.batch_size is for a teacher that writes here, and corpus.server writes; remove it, and set "
-                "corpus.server_requests to the number of requests that the server gets at one time"
+                "corpus.server_requests to the number of requests that the server gets at once"
             )
 
     def _problems_of_chats(self) -> Iterator[str]:
@@ -157,7 +157,7 @@ class CorpusConfig(Section):
             )
         elif not self.train and not self.dataset:
             yield (
-                "source: chat needs corpus.train, a list of paths or globs, or corpus.dataset, a name on the hub or a "
+                "source: chat needs corpus.train, a list of paths or globs, or corpus.dataset, a name on the Hub or a "
                 "folder"
             )
 

@@ -50,7 +50,7 @@ class EvaluationConfig(Section):
 class TasksConfig(Section):
     """The paper's benchmarks, for evaluation and for training (docs/method.md, sections 4 and 5).
 
-    Each is a folder with the benchmark's files, as published or as on the hub, or the name of a dataset on the hub.
+    Each is a folder with the benchmark's files, as published or as on the Hub, or the name of a dataset on the Hub.
     """
 
     arc_challenge: PathText = Field("allenai/ai2_arc", min_length=1, description="folder or dataset of ARC-Challenge")

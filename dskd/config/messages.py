@@ -66,8 +66,8 @@ def explain(errors: Sequence[Any], data: dict[str, Any]) -> list[tuple[str, str]
     for error in errors:
         if error["type"] == "default_factory_not_called":  # a default that depends on another key, which is wrong
             continue
-        # Each member of a union reports its own error. The part of the location that names the member is no key of the
-        # file, so keep only parts that lead from `data` to the value, or name a key that is missing.
+        # Each member of a union reports its own error. The part of the location that names the member is not a key of
+        # the file, so keep only parts that lead from `data` to the value, or name a key that is missing.
         location = [str(part) for part in error["loc"]]
         keys: list[str] = []
         here: Any = data
@@ -126,7 +126,7 @@ def _section(location: Sequence[str]) -> type[Section] | None:
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """Returns the section class in a field's type, which may also allow null; None if the field is no section."""
+    """Returns the section class in a field's type, which may also allow null; None if the field is not a section."""
     candidates = [annotation, *getattr(annotation, "__args__", ())]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 

@@ -37,7 +37,7 @@ class TeacherConfig(Section):
     tokenizer: PathText | None = Field(
         None, description="with a GGUF file. Folder or model name of a tokenizer to use instead of the file's"
     )
-    revision: str | None = Field(None, description="branch, tag or commit of a model on the hub")
+    revision: str | None = Field(None, description="branch, tag or commit of a model on the Hub")
     trust_remote_code: bool = Field(
         False, description="run code that comes with the model; only for a model that you trust"
     )
@@ -74,7 +74,7 @@ class TeacherConfig(Section):
         if self.tokenizer is not None and not self.is_gguf:
             yield "tokenizer needs path: FILE.gguf; any other model brings its own tokenizer, and is used with it"
         if self.revision is not None and self.is_gguf:
-            yield "revision names a version on the hub, but path is a GGUF file; remove revision"
+            yield "revision names a version on the Hub, but path is a GGUF file; remove revision"
         if self.offload == "nvme" and self.nvme_path is None:
             yield "offload: nvme needs nvme_path, a folder on a local disk of each node"
         if self.nvme_path is not None and self.offload != "nvme":
@@ -145,7 +145,7 @@ class StudentConfig(Section):
         description="Hugging Face folder or model name of a pretrained student, instead of layers of the teacher; its "
         "tokenizer must be the teacher's",
     )
-    revision: str | None = Field(None, description="branch, tag or commit of a student on the hub")
+    revision: str | None = Field(None, description="branch, tag or commit of a student on the Hub")
     from_config: NewStudentConfig | None = Field(
         None, description="start from random weights instead of layers of the teacher"
     )
@@ -256,7 +256,7 @@ class StudentConfig(Section):
                 "student.from_config"
             )
         if self.revision is not None and self.path is None:
-            yield "revision needs student.path, a model on the hub; set path, or remove revision"
+            yield "revision needs student.path, a model on the Hub; set path, or remove revision"
         if self.origin == "cut":
             return
         cutting = [f"student.{key}" for key in _CUTTING if key in self.model_fields_set]

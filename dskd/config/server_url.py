@@ -55,7 +55,7 @@ def _checked(url: str) -> str:
     if not has_host:
         raise ValueError(f"the URL has no name or address of a host that could exist; {_EXPECTED}")
     if not _is_port(parts):
-        raise ValueError(f"the port in the URL is no number from 1 to 65535; {_EXPECTED}")
+        raise ValueError(f"the port in the URL is not a number from 1 to 65535; {_EXPECTED}")
     url = url.rstrip("/")
     for endpoint in _ENDPOINTS:
         if url.endswith(endpoint):

@@ -45,7 +45,7 @@ _HASH = re.compile(
     r"(?<![0-9A-Za-z])[0-9a-fA-F]{32}(?:[0-9a-fA-F]{8}|[0-9a-fA-F]{24}|[0-9a-fA-F]{32}|[0-9a-fA-F]{64}|[0-9a-fA-F]{96})?(?![0-9A-Za-z])"
 )
 _COMMENT = ("#", ";", "//")
-_CHECKSUM_LINES = 5  # lines to look at that are no comments
+_CHECKSUM_LINES = 5  # lines to look at that are not comments
 _LONGEST_CHECKSUM_LINE = 400  # characters; a longer line with a hash is text
 _READ_LINES = 200
 _SHOWN_KINDS = 12

@@ -1,4 +1,4 @@
-"""Reads the documents of a Hugging Face dataset: one on the hub, or a folder that the `datasets` library reads.
+"""Reads the documents of a Hugging Face dataset: one on the Hub, or a folder that the `datasets` library reads.
 
 The dataset is streamed: it is neither downloaded in advance nor stored. The library is an optional dependency.
 """
@@ -19,7 +19,7 @@ from dskd.errors import UserError
 def fingerprint(corpus: CorpusConfig) -> dict[str, str]:
     """Returns {folder: digest of its files} if the dataset is a folder.
 
-    Returns {} for a dataset on the hub, which only its name identifies.
+    Returns {} for a dataset on the Hub, which only its name identifies.
     """
     folder = Path(corpus.dataset or "").expanduser()
     if not folder.is_dir():
@@ -62,20 +62,20 @@ def read_rows(
     revision: str | None = None,
     columns: Sequence[str] = (),
 ) -> Iterator[Any]:
-    """Yields the rows of a split of a dataset, which is a name on the hub or a folder, in its order.
+    """Yields the rows of a split of a dataset, which is a name on the Hub or a folder, in its order.
 
-    `config` is the dataset's configuration, if it has several; `revision` a branch, tag or commit on the hub; `columns`
+    `config` is the dataset's configuration, if it has several; `revision` a branch, tag or commit on the Hub; `columns`
     the only columns to read, if the files have any of them.
 
     Raises:
         UserError: when the library is missing, or the dataset cannot be found, reached or read. It names `key`, the
-            config's, and says with `instead` what to do if the hub cannot be reached.
+            config's, and says with `instead` what to do if the Hub cannot be reached.
     """
     try:
         from datasets import load_dataset
     except ImportError:
         raise UserError(
-            f"{key}: a dataset of the hub needs the package `datasets`, which is not installed; install it with "
+            f"{key}: a dataset of the Hub needs the package `datasets`, which is not installed; install it with "
             f"`pip install 'datasets>=4,<6'`, {instead}"
         ) from None
     folder = Path(dataset).expanduser()
@@ -93,10 +93,10 @@ def read_rows(
         if chosen := [name for name in columns if name in (loaded.features or ())]:
             loaded = loaded.select_columns(chosen)
         yield from loaded
-    except Exception as error:  # the hub, the network and every file format raise their own kinds
+    except Exception as error:  # the Hub, the network and every file format raise their own kinds
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise UserError(
             f"{key}: split {split!r} of {dataset!r} cannot be read ({type(error).__name__}: {reason}); "
-            "name a dataset of the hub that can be reached from here, or a folder of one, and one of its splits and "
+            "name a dataset of the Hub that can be reached from here, or a folder of one, and one of its splits and "
             f"configurations; {instead}"
         ) from None

@@ -28,7 +28,7 @@ _INSTRUCTION_KEYS = (
 
 
 class RepeatedKeyError(Exception):
-    """The reason why an object is refused that has the same key twice."""
+    """Raised when an object has the same key twice."""
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

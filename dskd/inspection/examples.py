@@ -12,7 +12,7 @@ from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
 from dskd.senses.entries import MIN_HEAD_LETTERS
 
 _WORDS = 3
-_CANDIDATES = 200  # tokens that are tried, since some of them are no whole words
+_CANDIDATES = 200  # tokens that are tried, since some of them are not whole words
 _STATES = 4  # for each sense of a word: with fewer, a sense is little more than one place in the text
 _SENSES = 5  # of a word that are shown
 _NEIGHBOURS, _CONTEXTS, _SCAN = 4, 1, 2000

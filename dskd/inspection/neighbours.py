@@ -8,7 +8,7 @@ import torch
 from dskd.console import progress
 from dskd.senses.dictionary import SenseDictionary
 
-_CHUNK_ELEMENTS = 16_000_000  # elements of vectors held at one time: 64 MB as float32
+_CHUNK_ELEMENTS = 16_000_000  # elements of vectors held at once: 64 MB as float32
 _CHUNKS_WITHOUT_A_BAR = 8
 
 

@@ -23,7 +23,7 @@ from dskd.models.readouts import TopTokens
 
 # A matrix product needs many positions: with few, it spends its time reading the matrix. The losses pass about twenty
 # times through float32 copies of the logits, which are fast if these stay in the caches. So a chunk of positions has
-# logits at one time, and the losses take them a block at a time. A GPU's chunks are larger here than in
+# logits at a time, and the losses take them a block at a time. A GPU's chunks are larger here than in
 # `dskd.models.readouts`, which makes a float32 copy of a whole chunk and has only one matrix product.
 _TRAINED_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 _TILE = 256  # positions: whole tiles of a GPU's matrix products
@@ -48,9 +48,9 @@ class Normalizers(NamedTuple):
 
 
 class HeadSizes(NamedTuple):
-    """The numbers of positions that the head computes at one time."""
+    """The numbers of positions that the head computes at a time."""
 
-    chunk: int  # in a matrix product: the positions that have logits at one time
+    chunk: int  # in a matrix product: the positions that have logits at a time
     block: int  # in a pass of the losses
 
     @classmethod
@@ -83,8 +83,8 @@ class DistillationHead(nn.Module):
             teacher_weight: the teacher's output matrix [V', D'], which is not trained. None if teacher and student
                 share one matrix and it is not trained, or if no term reads the teacher's logits.
             loss: weights and settings of the terms.
-            chunk_size: positions whose logits, of the student and perhaps the teacher, exist at one time.
-            block_size: positions that the losses take at one time; None: the whole chunk.
+            chunk_size: positions whose logits, of the student and perhaps the teacher, exist at a time.
+            block_size: positions that the losses take at a time; None: the whole chunk.
             margin: the margin in units of D, if it differs from `loss.margin`.
             compile_losses: whether to compile the computation on a chunk's logits with torch.compile.
             transform: what the student does with the products of states and output matrix.
@@ -234,7 +234,7 @@ class DistillationHead(nn.Module):
         if self.weight.requires_grad:
             weight_grad = torch.zeros_like(self.weight, dtype=_accumulator(self.weight))
         # Chunk by chunk, the logits give the values and their own gradient, which the chain rule turns into gradients
-        # by the states and by the matrix before the next chunk takes their place.
+        # with respect to the states and the matrix before the next chunk takes their place.
         # `dskd.models.readouts.read_logits` does not fit: the gradients need no logits after their chunk, and teacher
         # and student may share one product.
         for part in self.chunks(len(states)):
@@ -352,7 +352,7 @@ def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 
 class _GivenGradients(torch.autograd.Function):
-    """A loss whose gradients by the states and by the output matrix are already known; backward runs only once.
+    """A loss whose gradients for the states and the output matrix are already known; backward runs only once.
 
     The gradients are scaled in float32. In bf16 the factor itself, such as 1/3, would be rounded, and would shift all
     gradients in the same direction. The matrix's gradient is scaled in place, since a copy would be the largest tensor

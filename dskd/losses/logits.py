@@ -24,7 +24,7 @@ class LogitLosses(NamedTuple):
 
     ce: torch.Tensor  # [N], nats
     kl: torch.Tensor  # [N], nats; 0 without a teacher
-    gradient: torch.Tensor  # [N, V], by the student's logits
+    gradient: torch.Tensor  # [N, V], with respect to the student's logits
 
 
 def logit_losses(
@@ -87,7 +87,7 @@ def logit_losses(
 def divergence(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0, kind: str = "forward_kl"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the divergence [N] of :func:`logit_losses` alone, and the gradient of its sum by the student's logits.
+    """Returns the divergence [N] of :func:`logit_losses` alone, and its sum's gradient for the student's logits.
 
     Args:
         student_logits: [N, V].
@@ -124,8 +124,8 @@ def _losses_of_classes(
     known = torch.cat([teacher.logprobs, teacher.rest_logprob.unsqueeze(-1)], dim=-1).to(logits.dtype)
     student, softened_teacher = _soften(classes, temperature), _soften(known, temperature)
     kl = _add_divergence(gradient, student, softened_teacher, kl_scale / temperature, kind)
-    # From gradients by classes to gradients by logits: the class of all others passes its gradient to each of its
-    # tokens in proportion to the token's share.
+    # The chain rule from classes to logits: the class of all others passes its gradient to each of its tokens in
+    # proportion to the token's share.
     of_logits = shares.mul_(gradient[:, -1:] / total).scatter_(-1, ids, gradient[:, :-1])
     return LogitLosses(ce, kl, of_logits.scatter_add_(-1, at_label, -ce_scale))
 
@@ -148,7 +148,7 @@ def _soften(logits: torch.Tensor, temperature: float) -> _Softened:
 def _add_divergence(
     gradient: torch.Tensor, student: _Softened, teacher: _Softened, scale: torch.Tensor | float, kind: str
 ) -> torch.Tensor:
-    """Returns the divergences [N], and adds the gradient of Σ scale · divergence by the student's z / T to `gradient`.
+    """Returns the divergences [N], and adds the gradient of Σ scale · divergence for the student's z / T to `gradient`.
 
     Uses the memory of `scaled` of both. In the formulas q is the student's distribution and p the teacher's, and
     log q = scaled - log total.
@@ -186,7 +186,7 @@ def hidden_distance(hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> tuple
         teacher_hidden: [N, D].
 
     Returns:
-        A scalar, and its gradient by `hidden` [N, D].
+        A scalar, and its gradient with respect to `hidden` [N, D].
     """
     difference = at_least_float32(hidden) - at_least_float32(teacher_hidden)
     return difference.square().sum() / hidden.shape[-1], difference.mul_(2 / hidden.shape[-1])

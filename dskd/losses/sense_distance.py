@@ -25,7 +25,7 @@ class SenseSums(NamedTuple):
     hinges: torch.Tensor  # number of antonym rows
 
 
-# Elements of gathered rows that exist at one time: 8 MB of float32 on a CPU, 128 MB on a GPU.
+# Elements of gathered rows that exist at once: 8 MB of float32 on a CPU, 128 MB on a GPU.
 _GATHERED = {"cpu": 2**21, "cuda": 2**25}
 
 
@@ -60,7 +60,7 @@ def sense_loss(
         margin: m, in units of D.
         antonym_weight: w_n.
         synonym_weight: the weight of the pull to P_i; 1 in the paper.
-        gradient: [N, D]; the gradient of the total by `hidden`, times `scale`, is added to it in place.
+        gradient: [N, D]; the gradient of the total with respect to `hidden`, times `scale`, is added to it in place.
         scale: the factor for the added gradient.
     """
     # Relation positions have two sets of rows, first those that pull and then those that push. Own positions only have
@@ -95,7 +95,7 @@ def sense_loss(
                     [attraction, (hinge * push).sum(), torch.zeros_like(attraction), active.sum(), far.sum()]
                 )
             if gradient is not None:
-                # The gradient by h is Σ_k w_k · 2(h - s_k) / D, where w_k is the derivative by the distance of row k.
+                # The gradient for h is Σ_k w_k · 2(h - s_k) / D; w_k is the derivative for the distance of row k.
                 pulled = (1.0 if is_own else synonym_weight) * pull.to(states.dtype)
                 weights = torch.cat([pulled, -antonym_weight * (push * active).to(states.dtype)], dim=-1)
                 towards = torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
@@ -110,8 +110,8 @@ def sense_loss(
 
 def _distance(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Returns the distances D(h, s) [n, K] of states [n, D] to rows [n, K, D]."""
-    # |h - s|² = |h|² - 2 h·s + |s|² needs one batched product, and no difference of shape [n, K, D]. It is that of
-    # :mod:`dskd.senses.distances` but for the order of the sum: one order for both would change the last bits of the
+    # |h - s|² = |h|² - 2 h·s + |s|² needs one batched product, and no difference of shape [n, K, D]. This repeats
+    # :mod:`dskd.senses.distances` except for the order of the sum: one order for both would change the last bits of the
     # losses, or of dictionaries and shards, and with them which of two rows at equal distances is the nearest.
     products = torch.bmm(rows, states.unsqueeze(-1)).squeeze(-1)
     squares = rows.square().sum(-1) - 2 * products + states.square().sum(-1, keepdim=True)

@@ -47,7 +47,7 @@ def sense_divergence(
         random_rows: [S] distinct indices into `sense_rows`, which are candidates at every position.
         temperature: in units of the distance.
         distance: "squared", |h - s|² / D; or "cosine", 1 - cos(h, s), which does not depend on lengths.
-        gradient: [N, D]; the gradient of the total by `hidden`, times `scale`, is added to it in place.
+        gradient: [N, D]; the gradient of the total with respect to `hidden`, times `scale`, is added to it in place.
         scale: the factor for the added gradient.
     """
     dtype, width, private = at_least_float32(hidden[:0]).dtype, hidden.shape[-1], candidate_rows.shape[-1]
@@ -83,7 +83,7 @@ def sense_divergence(
         log_p = z_teacher.log_softmax(-1)
         sums += torch.stack([values.sum(), -(log_p.exp() * log_p).masked_fill(~exists, 0).sum()])
         if gradient is not None:
-            # The chain rule from the logits z to h: the derivative of z by h is slope · s.
+            # The chain rule from the logits z to h: the derivative of z with respect to h is slope · s.
             weights = by_z.mul_(slope)
             change = torch.bmm(weights[:, :private].unsqueeze(1), rows).squeeze(1) + weights[:, private:] @ shared
             if distance == "cosine":  # the loss depends on h's direction alone, so keep the part orthogonal to h

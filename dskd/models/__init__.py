@@ -1,6 +1,6 @@
 """Causal language models of transformers: their folders, and how they are loaded, run and checked.
 
-folder          a model's folder on disk or on the hub: finding it, checking it, and its digest
+folder          a model's folder on disk or on the Hub: finding it, checking it, and its digest
 digests         the digests of a model's files, each hashed once
 smollm2         fetches the quickstart's teacher
 gguf/           converts a GGUF file into the teacher's folder

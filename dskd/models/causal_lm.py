@@ -25,7 +25,7 @@ from dskd.models.weights import LAYER_NAME, TensorReader
 # explicitly because :mod:`dskd.plan` computes with them.
 PERSISTENT_WIDTHS = 10
 PREFETCHED, MAX_LIVE, MAX_REUSE_DISTANCE = 50_000_000, 1_000_000_000, 1_000_000_000
-SUB_GROUP = 1_000_000_000  # elements that the optimizer's step processes at one time
+SUB_GROUP = 1_000_000_000  # elements that the optimizer's step processes at once
 
 
 def engine_settings(dtype: torch.dtype, world: World, hidden_size: int, *, micro_batch_size: int) -> dict[str, Any]:

@@ -146,7 +146,7 @@ FindTeacher = Callable[[], ModelFolder]
 
 
 def find_teacher(config: Config) -> ModelFolder:
-    """Returns the teacher's folder: made by the pipeline, named by `teacher.path`, or fetched from the hub.
+    """Returns the teacher's folder: made by the pipeline, named by `teacher.path`, or fetched from the Hub.
 
     Raises:
         UserError: when it is missing, is not a model folder with safetensors weights, or does not fit the config.
@@ -159,7 +159,7 @@ def find_teacher(config: Config) -> ModelFolder:
 
 
 def find_pretrained_student(config: Config) -> ModelFolder:
-    """Returns the folder of the model that `student.path` names, on this machine or fetched from the hub.
+    """Returns the folder of the model that `student.path` names, on this machine or fetched from the Hub.
 
     Raises:
         UserError: when it is missing, is not a model folder with safetensors weights, or does not fit the config.
@@ -230,11 +230,11 @@ def _find_made_teacher(config: Config) -> ModelFolder:
 def tokenizer_files_digest(config: Config) -> str:
     """Returns the digest of the files of the tokenizer that `teacher.tokenizer` names, with its chat template.
 
-    If it is no folder on this machine, returns that of the tokenizer of this name that the teacher in the work
-    directory was made with: a node needs only the work directory, and a tokenizer of the hub is fetched once.
+    If it is not a folder on this machine, returns that of the tokenizer of this name that the teacher in the work
+    directory was made with: a node needs only the work directory, and a tokenizer of the Hub is fetched once.
 
     Raises:
-        UserError: when it is not there, and cannot be fetched from the hub.
+        UserError: when it is not there, and cannot be fetched from the Hub.
     """
     named = config.teacher.tokenizer
     assert named is not None, "called only if teacher.tokenizer is set"
@@ -341,7 +341,7 @@ def _without_false_alarm() -> Iterator[None]:
 
 
 def find_tokenizer_folder(name: str) -> Path:
-    """Returns the folder of the tokenizer that `teacher.tokenizer` names: a folder, or a model of the hub.
+    """Returns the folder of the tokenizer that `teacher.tokenizer` names: a folder, or a model of the Hub.
 
     Raises:
         UserError: when there is no such folder, no such model can be fetched, or it has no tokenizer.
@@ -377,20 +377,20 @@ def refuse_file(key: str, path: str) -> None:
     raise UserError(f"{key}: {file} is a file; name a Hugging Face model folder{gguf}")
 
 
-@functools.cache  # a process asks the hub once
+@functools.cache  # a process asks the Hub once
 def _local_or_hub(key: str, path: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise UserError(
-                f"{key.partition('.')[0]}.revision: {revision!r} is a revision of a model on the hub, but {key} is the "
+                f"{key.partition('.')[0]}.revision: {revision!r} is a revision of a model on the Hub, but {key} is the "
                 f"folder {folder}; remove it, or name the model as ORGANISATION/NAME"
             )
         return folder
     refuse_file(key, path)
     if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
         raise UserError(
-            f"{key}: there is no folder {folder}; name a Hugging Face model folder, or a model of the hub as "
+            f"{key}: there is no folder {folder}; name a Hugging Face model folder, or a model of the Hub as "
             "ORGANISATION/NAME"
         )
     from huggingface_hub import snapshot_download
@@ -409,5 +409,5 @@ def _local_or_hub(key: str, path: str, revision: str | None, patterns: tuple[str
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         named = "" if revision is None else f" ({key.partition('.')[0]}.revision: {revision})"
         raise UserError(
-            f"{key}: {path!r}{named} is not a folder here, and cannot be fetched from the hub ({first_line(error)})"
+            f"{key}: {path!r}{named} is not a folder here, and cannot be fetched from the Hub ({first_line(error)})"
         ) from None

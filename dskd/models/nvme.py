@@ -12,7 +12,7 @@ from dskd.distributed.node_cache import make_own_folder
 from dskd.distributed.world import World
 from dskd.errors import UserError, first_line
 
-BUFFERS = 8  # shares in memory at one time: those of one module, and those that are read ahead
+BUFFERS = 8  # shares in memory at once: those of one module, and those that are read ahead
 
 
 def open_nvme_folder(nvme_path: str) -> Path:

@@ -37,7 +37,7 @@ class LogitTransform:
         return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
 
     def pull_back(self, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Turns a gradient by the logits [N, V] into the gradient by the products, in place, and returns it.
+        """Turns a gradient for the logits [N, V] into the gradient for the products, in place, and returns it.
 
         Uses the memory of `logits`, which :meth:`apply` has returned.
         """

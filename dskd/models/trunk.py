@@ -22,7 +22,7 @@ from dskd.models.trained import trained_layers, trains_embeddings
 
 
 class TrunkError(UserError):
-    """The reason why there is no shared trunk, in words that a user can act on."""
+    """Raised when there is no shared trunk, with the reason in words that a user can act on."""
 
 
 def trunk_depth(

@@ -91,7 +91,7 @@ def student_activations(
     """Measures the bytes of the student's forward, loss and backward, including the teacher's states if it runs.
 
     `layers` are the layers of `architecture` that the student consists of, and `trunk` is the number of lowest ones
-    that it need not compute. `sizes` are the numbers of positions that the head computes at one time. `with_teacher`
+    that it need not compute. `sizes` are the numbers of positions that the head computes at a time. `with_teacher`
     says whether the loss reads the teacher's states, computed or stored. `teacher_matrix` is the shape of the teacher's
     output matrix, `has_copy` says whether the head holds it in addition to the student's, and `teacher_transform` is
     what the teacher does with its products.
@@ -236,7 +236,7 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *output_grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Returns gradients by query, key and value."""
+        """Returns gradients with respect to query, key and value."""
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 

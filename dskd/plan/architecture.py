@@ -114,7 +114,7 @@ def _complete(config: str, named_by: str) -> dict[str, Any]:
 
 
 def find_architecture(config: Config, teacher_config: Path | None) -> Architecture:
-    """Returns the teacher's architecture, from `teacher_config`, the config's recipe, the teacher's folder, or the hub.
+    """Returns the teacher's architecture, from `teacher_config`, the config's recipe, the teacher's folder, or the Hub.
     Raises a UserError when no config.json is found, or it is not that of a decoder.
     """
     if teacher_config is not None:
@@ -138,7 +138,7 @@ def find_architecture(config: Config, teacher_config: Path | None) -> Architectu
 
 
 def _find(key: str, path: str, revision: str | None, *, advice: str) -> Architecture:
-    """Returns the architecture of the model that `key` names: a folder, or a model of the hub."""
+    """Returns the architecture of the model that `key` names: a folder, or a model of the Hub."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file() and (hint := gguf_hint(folder, key)):
@@ -206,7 +206,7 @@ def _require_decoder(values: dict[str, Any], where: str) -> None:
 
 
 def _fetch(key: str, name: str, revision: str | None, *, advice: str) -> Path:
-    """Returns the path of the config.json of a model of the hub, after fetching it if it is not in the cache. Raises a
+    """Returns the path of the config.json of a model of the Hub, after fetching it if it is not in the cache. Raises a
     UserError when it cannot be fetched.
     """
     if name.startswith((".", "~", "/")) or name.count("/") != 1:
@@ -224,13 +224,13 @@ def _fetch(key: str, name: str, revision: str | None, *, advice: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = first_line(error)
         raise UserError(
-            f"{key}: {name!r} is not a folder here, and its config.json cannot be fetched from the hub "
+            f"{key}: {name!r} is not a folder here, and its config.json cannot be fetched from the Hub "
             f"({reason}); {advice}"
         ) from None
 
 
 def _require_hub() -> None:
-    """Raises OSError if the hub cannot be reached; without a network the library would retry for half a minute."""
+    """Raises OSError if the Hub cannot be reached; without a network the library would retry for half a minute."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 

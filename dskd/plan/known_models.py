@@ -1,4 +1,4 @@
-"""Shapes of models of the hub that shipped configurations name and whose files need a licence or a network.
+"""Shapes of models of the Hub that shipped configurations name and whose files need a licence or a network.
 
 They are taken from the models' own config.json; everything that does not change a shape is left out.
 """

@@ -1,4 +1,4 @@
-"""Counting the bytes of tensors that are alive at one time while a computation runs on shapes, without memory."""
+"""Counting the bytes of tensors that are alive at once while a computation runs on shapes, without memory."""
 
 import contextlib
 import weakref

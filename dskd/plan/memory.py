@@ -254,7 +254,7 @@ def _pinned(size: int) -> int:
 
 
 def _live(elements: int, size: int, config: Config, cluster: Cluster) -> int:
-    """Returns the bytes of the teacher's gathered weights, if `elements` are whole at one time."""
+    """Returns the bytes of the teacher's gathered weights, if `elements` are whole at once."""
     if cluster.world_size > 1:
         return elements * size
     # A single rank gathers nothing, but copies weights from the host's memory to the GPU.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-_OPEN_FILES = 128  # that are mapped at one time; each takes a file descriptor, of which most systems allow 1,024
+_OPEN_FILES = 128  # that are mapped at once; each takes a file descriptor, of which most systems allow 1,024
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dskd.random_numbers import derived_seed, random_bits
 from dskd.students.importance import Text, measure_blocks
 from dskd.students.spacing import Importance
 
-_TOKENS = 4096  # in a batch: the states of all layers are in memory at one time
+_TOKENS = 4096  # in a batch: the states of all layers are in memory at once
 _ROOM = 1.25  # memory for weights and states together, relative to the weights
 
 

@@ -23,7 +23,7 @@ def log_model(client: Any, config: Config, run_id: str, folder: Path) -> None:
     run = client.get_run(run_id)
     if run.data.tags.get("model") == digest:
         return
-    # Silence a warning that the folder is not a model of the hub. (Given an absolute path, it does not search the hub.)
+    # Silence a warning that the folder is not a model of the Hub. (Given an absolute path, it does not search the Hub.)
     logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)
     # The fluent interface has one server per process; no other package uses it.
     mlflow.set_tracking_uri(tracking_uri(config))

@@ -8,7 +8,7 @@ setup                    prepares that from the config
 inputs                   opens and checks what training reads, and hashes it into the run's recipe
 schedule                 the number of steps, their batch sizes and learning rates
 records                  a run's metrics, tags and first lines
-status                   prints how far a run is trained
+status                   prints the progress of a run
 loader                   reads the shards, and has the data of the next steps ready on the device
 collator                 turns samples into micro-batches
 packed_step              puts the data of a step into one buffer, and copies it to the device

@@ -1,6 +1,6 @@
 """The progress of a run, read from its checkpoints.
 
-Without a checkpoint this imports neither torch nor transformers: scripts ask again and again how far a run is.
+Without a checkpoint this imports neither torch nor transformers: scripts ask for the progress of a run again and again.
 """
 
 from dskd.artifacts import kinds

@@ -25,7 +25,7 @@ from dskd.training.width_map import StateSums
 
 SEQUENCES = 256  # that the fit reads, rounded up to whole steps, or those of one epoch if there are fewer
 # AdamW's first steps change every weight by the learning rate, whatever its gradient. In a student with random weights,
-# 5e-4 replaced the states as a whole in one step (docs/training.md), for which a fit to the old states is no fit.
+# 5e-4 replaced the states as a whole in one step (docs/training.md), for which a fit to the old states is useless.
 _LARGE_FIRST_RATE = 2e-5
 _LOW_R_SQUARED = 0.5  # less is typical of random weights
 

@@ -1,4 +1,4 @@
-"""The linear map from the states of a student of another width to the teacher's width, and its least-squares fit.
+"""The linear map from the states of a student of another width to the teacher's width, and the sums for its fit.
 
 The hidden and the sense term compare states of the student with states of the teacher, or with sense embeddings, which
 are means of these. If the student has another width, they read W h instead of h (docs/method.md, section 4). W is

@@ -26,6 +26,7 @@ from benchmarks.quality.trainings import (
     planned_looks,
     planned_trainings,
     require_arms,
+    require_values,
 )
 from dskd.errors import UserError
 
@@ -143,6 +144,38 @@ def test_longer_trainings_have_the_chosen_values_and_read_the_text_as_often_as_i
         list(planned_lengths([], "toy", ["kd"], (0,), (500,), 1000))
 
 
+def test_values_of_another_text_are_tested_and_nothing_is_tuned():
+    results = all_tuned()
+    planned = list(planned_trainings(results, "handbook", ["kd", "senses"], (0, 1), values_of="toy"))
+    chosen = chosen_values(results, "toy")
+    assert [(each.stage, each.arm.name, each.seed, each.settings) for each in planned] == [
+        ("test", name, seed, BY_NAME[name].settings(chosen, chosen[name]))
+        for seed in (0, 1)
+        for name in ("kd", "senses")
+    ]
+    tested = [
+        dataclasses.replace(
+            result_of(each.settings, seed=each.seed, stage="test", arm=each.arm.name, text="handbook"),
+            values_of=each.values_of,
+        )
+        for each in planned
+    ]
+    shown = results_by_arm([*results, *tested], "handbook")
+    assert [(result.arm, result.seed) for result in shown] == [("kd", 0), ("senses", 0), ("kd", 1), ("senses", 1)]
+    # Without that name they would be results of this text's own tuning, which has none.
+    assert not results_by_arm([*results, *(dataclasses.replace(each, values_of="") for each in tested)], "handbook")
+    page = render([*results, *tested]).partition("## Text: handbook")[2]
+    assert "the value that was chosen on the text `toy`" in page
+    assert "| senses |" in page
+
+
+def test_values_that_another_text_has_not_chosen_are_refused():
+    for names in ([], ["senses"]):
+        with pytest.raises(UserError, match=r"--values-of other: .* is not chosen on this text yet .*: toy"):
+            require_values(all_tuned(), "other", names)
+    require_values(all_tuned(), "toy", ["senses"])
+
+
 def test_results_of_an_arm_with_settings_that_were_chosen_before_do_not_count():
     now = [chosen_result("kd"), chosen_result("kd", stage="length", length=500)]
     before = [
@@ -157,9 +190,10 @@ def test_results_of_an_arm_with_settings_that_were_chosen_before_do_not_count():
 
 def test_arms_with_equal_settings_share_a_training_and_each_has_its_result():
     temperature, kd = BY_NAME["temperature"], BY_NAME["kd"]
+    settings_of_kd = kd.settings(*_chosen(kd))
     tried = [
         dataclasses.replace(result, measures=result.measures | {"kl": 0.5})
-        if result.settings == kd.settings(*_chosen(kd)) and result.stage == "tune"
+        if result.settings == settings_of_kd and result.stage == "tune"
         else result
         for result in all_tuned()
     ]
@@ -276,7 +310,7 @@ def test_a_line_that_is_not_a_result_is_named(tmp_path, line):
         line = json.dumps(json.loads(path.read_text()) | json.loads(line))
     with path.open("a") as stream:
         stream.write(f"{line}\n")
-    with pytest.raises(UserError, match=r"results.jsonl:2: this is no result of the study \("):
+    with pytest.raises(UserError, match=r"results.jsonl:2: this is not a result of the study \("):
         read_results(path)
 
 
@@ -289,7 +323,7 @@ def test_places_of_benchmarks_and_overrides_may_follow_each_other():
     ("arguments", "message"),
     [
         (["--arms", "kdd"], "there is no 'kdd'"),
-        (["--pairs", "missing.test"], "--pairs missing.test: this is no file of pairs"),
+        (["--pairs", "missing.test"], "--pairs missing.test: this is not a file of pairs"),
         (["--questions", "piqa=missing"], "--questions piqa=missing: expected BENCHMARK=FOLDER"),
         (["--arms", "kd", "student.layer=3"], "student.layer"),
         (["--questions", "corpus.sourc=files"], "corpus.sourc"),

@@ -4,13 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from task_files import DATA
 from tiny_work import BEFORE_TRAINING, TINY, copy_work
 
 from benchmarks.quality.arms import BY_NAME, TUNING_SEED
 from benchmarks.quality.measures import measure
-from benchmarks.quality.pairs import Pairs
-from benchmarks.quality.questions import Questions
 from benchmarks.quality.results import (
     read_results,
 )
@@ -26,8 +23,6 @@ from benchmarks.quality.trainings import (
 )
 from dskd.config import LossConfig
 from dskd.config.reading import load_config
-from dskd.corpus.tasks.benchmarks import BENCHMARKS
-from dskd.corpus.tasks.reading import read_examples
 from dskd.errors import UserError
 from dskd.lexicon.wordnet import open_wordnet
 from dskd.senses.dictionary import load_dictionary, map_vectors
@@ -326,65 +321,6 @@ def test_states_from_the_middle_are_those_of_a_student_without_the_layers_above(
         expected = run_layers(teacher, student.upper[:1], _Rows(text, at), states[0], with_norm=True)
         torch.testing.assert_close(last, student(*states))
     torch.testing.assert_close(middle, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["arc_challenge", "piqa", "commonsense_qa"])
-def test_choices_are_as_likely_as_one_by_one_in_transformers(teacher, name):
-    questions = Questions.read(name, str(DATA / name.removesuffix("_challenge")), teacher)
-    student = Student(teacher, Settings(layers=teacher.num_layers, train_layers=1))
-    states = run_layers(teacher, student.frozen, questions)
-    found, expected, right, right_by_length = questions.log_likelihoods(student, states), [], [], []
-    examples = read_examples(BENCHMARKS[name], str(DATA / name.removesuffix("_challenge")), "validation")
-    by_row = {
-        tuple(row[part == 0].tolist()): n
-        for n, (row, part) in enumerate(zip(questions.input_ids, questions.parts, strict=True))
-    }
-    order = []
-    for example in examples:
-        context = teacher.tokenizer.encode(f"Question: {example.question}\nAnswer:")
-        if tuple(context) not in by_row:
-            continue
-        order.append(by_row[tuple(context)])
-        chances = []
-        for choice in example.choices:
-            ids = teacher.tokenizer.encode(f"Question: {example.question}\nAnswer: {choice}")
-            with torch.no_grad():
-                log_shares = teacher.causal_lm(torch.tensor([ids])).logits[0].log_softmax(-1)
-            chances.append(sum(float(log_shares[at - 1, ids[at]]) for at in range(len(context), len(ids))))
-        expected.append(chances)
-        gold = BENCHMARKS[name].labels.index(example.answers[0])
-        right.append(max(range(len(chances)), key=chances.__getitem__) == gold)
-        by_length = [chance / len(choice) for chance, choice in zip(chances, example.choices, strict=True)]
-        right_by_length.append(max(range(len(chances)), key=by_length.__getitem__) == gold)
-    assert sorted(order) == list(range(len(questions.input_ids)))
-    for row, chances in zip(order, expected, strict=True):
-        torch.testing.assert_close(found[questions.row_of_choice == row], torch.tensor(chances), rtol=1e-4, atol=1e-3)
-    measured = questions.measure(student, states)
-    assert measured[name] == pytest.approx(sum(right) / len(right))
-    assert measured[f"{name}_norm"] == pytest.approx(sum(right_by_length) / len(right))
-    assert measured[f"{name}_n"] == len(right)
-
-
-@pytest.mark.slow
-def test_pairs_that_the_lexicon_has_are_measured_apart(teacher, tmp_path):
-    words = [teacher.tokenizer.decode([token]) for token in range(len(teacher.tokenizer))]
-    words = [word[1:] for word in words if word.startswith(" ") and word[1:].isalpha()][:9]
-    path = tmp_path / "pairs.test"
-    path.write_text("".join(f"{words[0]}\t{word}\t{number % 2}\n" for number, word in enumerate(words[1:])))
-    known = {frozenset((words[0], words[1])), frozenset((words[2], words[0]))}
-    pairs = Pairs.read([path], teacher, known)
-    assert pairs.are_new.tolist() == [False, False, *[True] * 6]
-    student = Student(teacher, Settings(layers=teacher.num_layers, train_layers=1))
-    found = pairs.measure(student, run_layers(teacher, student.frozen, pairs))
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[2:]))
-    alone = Pairs.read([path], teacher, ())
-    expected = alone.measure(student, run_layers(teacher, student.frozen, alone))
-    assert found["opposites_new"] == pytest.approx(expected["opposites"])
-    assert found["opposites_new_n"] == 6
-    assert set(pairs.measures) <= found.keys()
-    known = {frozenset((words[0], word)) for word in words[1:]}
-    assert "opposites_new" not in Pairs.read([path], teacher, known).measures
 
 
 class _Rows:

@@ -215,7 +215,7 @@ def test_a_jobset_trains_and_logs_to_the_mlflow_server_of_its_manifest(cluster, 
     serving = kubelet.start(server, SWITCH)
     try:
         _wait_for_server(cluster, serving)
-        # The GPUs' manifest has eight ranks a node and a model of the hub: here two hosts have two cores.
+        # The GPUs' manifest has eight ranks a node and a model of the Hub: here two hosts have two cores.
         small = kubelet.with_config("llama3-8b-16layers.yaml", SMOKE)
         running = _start(small, pods_of(render("overlays/jobset")), "run=jobset", DSKD_RANKS_PER_NODE="1")
         assert _wait(running) == [0, 0], _output(running)

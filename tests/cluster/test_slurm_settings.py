@@ -56,7 +56,7 @@ def test_all_problems_of_the_settings_are_reported_at_once(submit):
     assert finished.returncode == 2
     for message in wrong.values():
         assert message in finished.stderr
-    assert len(finished.stderr.splitlines()) == 1 + len(wrong) + 1  # a missing number is no number either
+    assert len(finished.stderr.splitlines()) == 1 + len(wrong) + 1  # a missing number is not a number either
     assert submit.submitted() == []
 
 

@@ -134,7 +134,7 @@ def test_near_spellings_ignore_case():
 
 
 def test_coverage_of_a_hand_made_lexicon(tmp_path, tokenizer, ids):
-    # "of" is too short for a head, "x2y" a head that is no word of letters.
+    # "of" is too short for a head, "x2y" a head that is not a word of letters.
     pairs = ["big|large|synonym", "big|small|antonym", "x2y|of|synonym", "big|of the very big size|synonym"]
     sizes = {ids["big"]: 1, ids["large"]: 1}
     dictionary, facts = make_dictionary(tmp_path, tokenizer, pairs, sizes)

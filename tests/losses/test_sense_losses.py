@@ -41,7 +41,7 @@ def test_sense_loss_by_hand():
     # D = |h - s|² / 2. To (0,0): 2, to (2,0): 4; to (0,4): 2, beyond the margin; to (1,1): 1, hinge 0.5.
     assert sums.synonym.item() == pytest.approx(3.0)
     assert sums.antonym.item() == pytest.approx(0.25)
-    assert sums.own.item() == pytest.approx(2.0)  # (3,1) to (1,1): 4 / 2, and padding is no row
+    assert sums.own.item() == pytest.approx(2.0)  # (3,1) to (1,1): 4 / 2, and padding is not a row
     assert sums.total.item() == pytest.approx(3.0 + 2.0 * 0.25 + 2.0)
     assert (sums.active_hinges.item(), sums.hinges.item()) == (1, 2)
     # By h each D has the gradient h - s. At 0: (2, 0). At 1: the mean of (0, 2) and (-2, 2), less (-1, 1).

@@ -121,7 +121,7 @@ def test_models_that_are_not_text_decoders_are_refused_by_name(tmp_path):
 def test_adapters_pointers_and_revisions_of_folders_are_refused(tmp_path):
     folder = tmp_path / "teacher"
     save_model(folder)
-    assert "teacher.revision: 'main' is a revision of a model on the hub" in _refusal(folder, revision="main")
+    assert "teacher.revision: 'main' is a revision of a model on the Hub" in _refusal(folder, revision="main")
     shutil.move(folder / "model.safetensors", tmp_path / "kept")
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="this is a LoRA adapter; merge it"):

@@ -87,7 +87,7 @@ def test_the_recipe_follows_the_model_and_not_its_place(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A cache of the hub in which one model has two revisions: `main` with 3 layers, and the tag `v1` with 2."""
+    """A cache of the Hub in which one model has two revisions: `main` with 3 layers, and the tag `v1` with 2."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     model = tmp_path / "hub" / "models--some--model"
@@ -126,7 +126,7 @@ def test_a_student_of_the_hub_is_the_revision_that_the_config_names(tmp_path, hu
     [
         (
             {"path": "some/other"},
-            r"student\.path: 'some/other' is not a folder here, and cannot be fetched from the hub",
+            r"student\.path: 'some/other' is not a folder here, and cannot be fetched from the Hub",
         ),
         (
             {"path": "some/model", "revision": "v2"},

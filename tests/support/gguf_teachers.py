@@ -10,7 +10,7 @@ from dskd.models.gguf.teacher import build_teacher
 
 
 def gguf_config(path, **teacher):
-    """Returns a config whose teacher is the GGUF file `path`, with `work` beside the file as the work directory."""
+    """Returns a config whose teacher is the GGUF file `path`, with `work` next to the file as the work directory."""
     return Config(
         workdir=str(path.parent / "work"),
         teacher={"path": str(path), **teacher},
@@ -19,7 +19,7 @@ def gguf_config(path, **teacher):
 
 
 def gguf_config_file(path):
-    """Writes that config beside the GGUF file, and returns its path."""
+    """Writes that config next to the GGUF file, and returns its path."""
     file = path.parent / "mine.yaml"
     values = gguf_config(path).as_dict() | {
         "student": {"layers": 2, "train_layers": 1},

@@ -370,7 +370,7 @@ def continuations_by_ranks(folder: Path, config: Config, environment: dict[str, 
 
 
 def run_harness(asked: Sequence[tuple[Path, Sequence[str]]], environment: dict[str, str], log: Path) -> None:
-    """Runs `lm_eval` in each of the folders with the arguments next to it, in a process that is no rank of a job."""
+    """Runs `lm_eval` in each of the folders with the arguments next to it, in a process that is not a rank of a job."""
 
     def run() -> None:
         for name in environment.keys() & {*LAUNCHER_VARIABLES, "MASTER_ADDR", "MASTER_PORT"}:

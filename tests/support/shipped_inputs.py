@@ -1,6 +1,6 @@
 """The inputs of the shipped configurations, at toy size and under the names in these configurations.
 
-No key has to be changed to train on them: models and benchmarks are in folders named as on the hub, next to `data/`.
+No key has to be changed to train on them: models and benchmarks are in folders named as on the Hub, next to `data/`.
 """
 
 import csv

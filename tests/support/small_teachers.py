@@ -10,7 +10,7 @@ from tiny_wordnet import write_wordnet
 # Of one token each; the others end sentences, so that random text has some.
 WORDS = ["entity", "car", "auto", "hot", "cold", "scorching", "torrid", "frigid", "large", "big", "small", "little"]
 OTHERS = [*(f"w{index}" for index in range(60)), *(f"end{index}." for index in range(46))]
-NUM_SENSES = 13  # hot is in two synsets; huge and galore are no tokens
+NUM_SENSES = 13  # hot is in two synsets; huge and galore are not tokens
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"

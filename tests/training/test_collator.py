@@ -80,7 +80,9 @@ def test_a_step_sums_up_the_same_in_any_micro_batches(tmp_path):
             places = batch.get("position_ids", torch.arange(length).expand_as(ids))
             found["tokens"] += int(((places + 1) * (7 * ids + labels) ** 2)[batch["loss_mask"]].sum())
             senses = batch["senses"]
-            row_number = torch.cat([senses["sense_rows"].read()[:, 0].long(), torch.tensor([-1])])  # index -1 is no row
+            row_number = torch.cat(
+                [senses["sense_rows"].read()[:, 0].long(), torch.tensor([-1])]
+            )  # index -1 is not a row
             for name, indices in (
                 ("relation_positions", ("synonym_rows", "antonym_rows")),
                 ("own_positions", ("own_rows",)),

@@ -66,7 +66,7 @@ def without_a_part(message: Message) -> Iterator[tuple[str, Message]]:
     """Yields the parts of a turn that are content, each with the turn that lacks it or has another.
 
     These are what a system turn or a tool turn says, what the assistant says in addition to tool calls, each tool call,
-    and other keys that are no notes, such as `reasoning_content` and `name`.
+    and other keys that are not notes, such as `reasoning_content` and `name`.
     """
     role, content, calls = message["role"], message["content"], message.get("tool_calls", [])
     if content.strip() and role != "user" and (role != ASSISTANT or calls):

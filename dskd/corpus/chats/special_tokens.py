@@ -15,7 +15,7 @@ _NEUTRAL = "x"
 
 
 class SpecialTokenError(ChatError):
-    """The place of a special token in what a chat says."""
+    """Raised when what a chat says contains a special token, with its place."""
 
 
 class SpecialTokens:

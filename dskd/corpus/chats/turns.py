@@ -36,7 +36,7 @@ Message = dict[str, Any]
 
 
 class ChatError(ValueError):
-    """The reason why a record is not a chat that can be trained on."""
+    """Raised when a record is not a chat that can be trained on."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class ChatColumns:
         elif has_system and first["content"].strip() != (system or "").strip():
             raise ChatError(f"{_SYSTEM!r} and turn 1 (system) are different texts; remove one of them")
         for key, remedy in _UNREAD.items():
-            # A text that a turn has too is no loss.
+            # Nothing is lost if a turn has the text, too.
             if (value := record.get(key)) and not any(value == message["content"] for message in messages):
                 raise ChatError(f"{key!r} would be ignored; {remedy}, or remove it")
         tools = record.get(_TOOLS)

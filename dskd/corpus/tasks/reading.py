@@ -1,4 +1,4 @@
-"""Reads a benchmark's examples from a folder with its published files or the hub's Parquet files, or from the hub.
+"""Reads a benchmark's examples from a folder with its published files or the Hub's Parquet files, or from the Hub.
 
 | benchmark | published as |
 |---|---|
@@ -7,7 +7,7 @@
 | mmlu | one CSV per subject, without a header: question, four choices, the letter of the right one |
 | squad_v2 | one JSON: `data[].paragraphs[]` with `context` and `qas[]`: `question`, `answers[].text`, `is_impossible` |
 
-The hub has the same fields as rows. A folder may hold either form, at any depth. Examples keep the order of the files,
+The Hub has the same fields as rows. A folder may hold either form, at any depth. Examples keep the order of the files,
 and error messages name file and line.
 """
 
@@ -36,7 +36,7 @@ class _NoExampleError(ValueError):
 
 
 def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]:
-    """Returns the examples of a split from `place`, a folder or the name of a dataset on the hub. Raises a UserError
+    """Returns the examples of a split from `place`, a folder or the name of a dataset on the Hub. Raises a UserError
     when there are none, a record is not in the benchmark's format, or two examples have the same id.
     """
     folder = Path(place).expanduser()
@@ -103,7 +103,7 @@ def _rows_of_folder(benchmark: Benchmark, folder: Path, split: str) -> tuple[str
         return ", ".join(map(str, files[:3])), _parquet_rows(files)
     patterns = " or ".join(benchmark.files[split])
     raise UserError(
-        f"tasks.{benchmark.name}: {folder} has neither {patterns}, as published, nor {split}-*.parquet, as on the hub; "
+        f"tasks.{benchmark.name}: {folder} has neither {patterns}, as published, nor {split}-*.parquet, as on the Hub; "
         "name the folder that has them"
     )
 
@@ -128,7 +128,7 @@ def _require_one_version(benchmark: Benchmark, folder: Path, files: list[Path]) 
 
 
 def _parquet_files(benchmark: Benchmark, folder: Path, split: str) -> list[Path]:
-    """Returns the hub's Parquet files of a split: those in the configuration's folder, or all if it has none."""
+    """Returns the Hub's Parquet files of a split: those in the configuration's folder, or all if it has none."""
     files = sorted({*_visible(folder, f"{split}-*.parquet"), *_visible(folder, f"{split}/*.parquet")})
     of_config = [path for path in files if benchmark.hub_config in path.relative_to(folder).parts]
     return of_config or files
@@ -149,7 +149,7 @@ def _rows_of_hub(benchmark: Benchmark, place: str, split: str) -> Iterator[tuple
         split,
         benchmark.hub_config,
         key=f"tasks.{benchmark.name}",
-        instead="or fetch the benchmark's files where the hub can be reached, and name their folder here",
+        instead="or fetch the benchmark's files where the Hub can be reached, and name their folder here",
     )
     for number, row in enumerate(rows):
         yield f"{place}/{split}:{number}", row

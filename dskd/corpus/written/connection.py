@@ -257,7 +257,7 @@ def _proxy_variable(url: str) -> str | None:
     """Returns the environment variable with the proxy for a URL, None if there is none.
 
     Raises:
-        UserError: when its value is no address. It may hold a password, so the message does not show it.
+        UserError: when its value is not an address. It may hold a password, so the message does not show it.
     """
     proxy = select_proxy(url, get_environ_proxies(url))
     if proxy is None:

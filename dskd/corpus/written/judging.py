@@ -1,7 +1,7 @@
 """The choice of the teacher's texts that become documents of the corpus, with the reasons why others do not.
 
 A text first loses the line that announces it, and is cut after its last whole sentence. It becomes a document if it
-is no refusal, has enough words, does not repeat itself, and has the word that it was asked to use, perhaps inflected.
+is not a refusal, has enough words, does not repeat itself, and has the word that it has to use, perhaps inflected.
 """
 
 import functools

@@ -80,7 +80,7 @@ def write_texts(config: Config, world: World, *, force: bool = False) -> None:
     if corpus.server is not None and world.world_size > 1:
         raise UserError(
             f"corpus.server sends the requests of one process, and this job has {world.world_size}; start it as "
-            "`python launcher/write_texts.py`, and set corpus.server_requests to the number of requests at one time",
+            "`python launcher/write_texts.py`, and set corpus.server_requests to the number of requests at once",
             known_to_all_ranks=True,
         )
     teacher = main_first(lambda: find_teacher(config))

@@ -23,7 +23,7 @@ from dskd.senses.dictionary import SenseDictionary
 from dskd.shards import gather_rows
 
 MEASURES = AGREEMENT, ALIGNMENT = "row_agreement", "sense_alignment"
-_POSITIONS = 2048  # positions compared with their rows at one time
+_POSITIONS = 2048  # positions compared with their rows at a time
 
 
 def senses_of_positions(model: FrozenModel, text: HeldOutText, dictionary: SenseDictionary, world: World) -> list[Item]:

@@ -179,7 +179,7 @@ def _tokens(file: GgufFile) -> list[str]:
 def _undetermined(file: GgufFile, reason: str) -> UserError:
     return UserError(
         f"teacher.path: {file.path}: the tokenizer cannot be built from this file: {reason}; name the model's "
-        "tokenizer, a folder or a model of the hub, with teacher.tokenizer"
+        "tokenizer, a folder or a model of the Hub, with teacher.tokenizer"
     )
 
 

@@ -66,7 +66,7 @@ def write_card(folder: Path, text: str) -> bool:
 
 
 def render_card(facts: Mapping[str, Any], packages: Mapping[str, str], results: Sequence[Result] = ()) -> str:
-    """Returns the text of a card, with its head as the hub reads it.
+    """Returns the text of a card, with its head as the Hub reads it.
 
     Args:
         facts: those of the export's manifest.

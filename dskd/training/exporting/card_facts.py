@@ -32,7 +32,7 @@ def find_source_teacher(config: Config, source: Checkpoint) -> ModelFolder | Non
     """Returns the teacher that a checkpoint was trained with; None, with a warning, if it is not on
     this machine.
 
-    An export needs no weights of the teacher, so nothing is fetched from the hub for it.
+    An export needs no weights of the teacher, so nothing is fetched from the Hub for it.
     """
     try:
         teacher = _on_this_machine(config)
@@ -57,7 +57,7 @@ def _on_this_machine(config: Config) -> ModelFolder:
 
     found = try_to_load_from_cache(named.path, "config.json", revision=named.revision)
     if not isinstance(found, str):
-        raise UserError(f"teacher.path: {named.path} was not fetched from the hub to this machine")
+        raise UserError(f"teacher.path: {named.path} was not fetched from the Hub to this machine")
     folder = Path(found).parent
     check_model_folder(folder, named_by="teacher.path", trust_remote_code=named.trust_remote_code)
     digest = digest_of_model(folder, cache=digest_cache(config, "teacher"))
@@ -73,7 +73,7 @@ def collect_facts(
     |---|---|
     | `teacher` | see :func:`describe_teacher` |
     | `student` | `digest`, `origin`, `num_layers`, `has_chat_template`; `layers`, or `name` and licence of its model |
-    | `text` | `source`, number of `documents`; `dataset`, if it is one of the hub; `benchmarks` |
+    | `text` | `source`, number of `documents`; `dataset`, if it is one of the Hub; `benchmarks` |
     | `lexicon` | {source: {relation: pairs}}, without the user's file names |
     | `loss` | the section `loss` of the config |
     | `training` | `steps`, `sequences`, `sequence_length`, `trained`, `precision`, `seed`, and keys of `train` |
@@ -158,8 +158,8 @@ def describe_teacher(config: Config, teacher: ModelFolder) -> dict[str, Any]:
     | key | meaning |
     |---|---|
     | `origin` | `scratch` (trained by the pipeline), `gguf`, `hub` or `folder` |
-    | `name` | its name on the hub or in the GGUF file; that of a known GGUF file without the organisation |
-    | `base_model` | names on the hub that a card may give: its own, if it is known, or those that the GGUF file names |
+    | `name` | its name on the Hub or in the GGUF file; that of a known GGUF file without the organisation |
+    | `base_model` | names on the Hub that a card may give: its own, if it is known, or those that the GGUF file names |
     | `derived_from` | names, in the GGUF file, of the models that it was made from |
     | `revision`, `organization`, `url` | if they are known |
     | `license`, `license_name`, `license_link` | as model cards have them, if its files say so |
@@ -223,9 +223,9 @@ def _student(student: ModelFolder) -> dict[str, Any]:
 
 
 def _name_on_hub(path: str, folder: Path) -> str | None:
-    """Returns a config's path of a model if it is a name on the hub; None if it is that of a folder.
+    """Returns a config's path of a model if it is a name on the Hub; None if it is that of a folder.
 
-    `folder` is where the model was found. That of a model of the hub is in a cache, under another path. Whether the
+    `folder` is where the model was found. That of a model of the Hub is in a cache, under another path. Whether the
     path exists now would prove nothing: folders are moved.
     """
     return path if folder != Path(path).expanduser() and _HUB_NAME.fullmatch(path) else None

@@ -22,7 +22,7 @@ _LLAMA = (
     "policy"
 )
 _APACHE = "https://www.apache.org/licenses/LICENSE-2.0"
-# {licence's id on the hub: (its name, what it asks of copies of a changed model)}.
+# {licence's id on the Hub: (its name, what it asks of copies of a changed model)}.
 _OBLIGATIONS = {
     "apache-2.0": (
         "the Apache License 2.0",
@@ -61,7 +61,7 @@ def obligations(facts: Mapping[str, Any]) -> tuple[str, str | None]:
     `facts` are those of a teacher or a student in :func:`dskd.training.exporting.card_facts.collect_facts`. The name is
     empty if its files name no licence.
     """
-    # The hub's ids; Llama's and others are "other" with a name.
+    # The Hub's ids; Llama's and others are "other" with a name.
     ids = [str(facts[key]).lower() for key in ("license", "license_name") if key in facts]
     for licence in ids:
         if licence in _OBLIGATIONS:

@@ -114,7 +114,7 @@ def _labelled_row(record):
 
 
 def _hub_rows(name, split):
-    """Returns the rows that the hub has of the same examples, from the published files."""
+    """Returns the rows that the Hub has of the same examples, from the published files."""
     folder = DATA / FOLDERS[name]
     if name in ("arc_challenge", "commonsense_qa"):
         return [_labelled_row(record) for record in _lines(folder / BENCHMARKS[name].files[split][0])]

@@ -1,4 +1,4 @@
-"""Tests that a file that is no whole GGUF model, or has damaged keys, is refused."""
+"""Tests that a file that is not a whole GGUF model, or has damaged keys, is refused."""
 
 import struct
 

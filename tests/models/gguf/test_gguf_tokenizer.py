@@ -140,5 +140,5 @@ def test_a_file_without_a_tokenizer_needs_one(tmp_path):
 def test_a_tokenizer_is_only_for_gguf_files():
     with pytest.raises(ValueError, match=r"tokenizer needs path: FILE\.gguf"):
         Config(workdir="work", teacher={"path": "folder", "tokenizer": "other"})
-    with pytest.raises(ValueError, match="revision names a version on the hub"):
+    with pytest.raises(ValueError, match="revision names a version on the Hub"):
         Config(workdir="work", teacher={"path": "model.gguf", "revision": "main"})

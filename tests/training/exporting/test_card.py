@@ -1,4 +1,4 @@
-"""The model card of an export: what it says of teacher and licence, and that the hub's own library reads it."""
+"""The model card of an export: what it says of teacher and licence, and that the Hub's own library reads it."""
 
 import ast
 import json
@@ -60,7 +60,7 @@ def _facts(teacher=HUB, student=None, loss=None, **card):
 
 
 def _card(tmp_path, *arguments, **options):
-    """Returns the card as the hub's library loads it from a file, and its text."""
+    """Returns the card as the Hub's library loads it from a file, and its text."""
     text = render_card(*arguments, packages={"dskd": "0.1.0", "torch": "2.9.0", "numpy": "2"}, **options)
     assert write_card(tmp_path, text)
     assert not write_card(tmp_path, text)  # it is there already
@@ -238,7 +238,7 @@ def test_a_pretrained_student_of_a_licence_that_we_do_not_know(licence, says):
 
 
 def test_a_folder_that_is_gone_is_not_taken_for_a_name_on_the_hub(tmp_path, monkeypatch):
-    """Its name may be that of a customer. A model of the hub is found in a cache, under another path."""
+    """Its name may be that of a customer. A model of the Hub is found in a cache, under another path."""
     monkeypatch.chdir(tmp_path)
     student = ModelFolder(tmp_path / "student", "")
     for folder, name in (("private/model", None), ("cache/models--private--model/snapshots/0", "private/model")):
@@ -274,7 +274,7 @@ def test_a_teacher_of_the_hub_is_looked_for_on_this_machine_and_never_fetched(tm
         return Checkpoint(tmp_path, 1, manifest)
 
     assert find_source_teacher(config, source("0" * 64)) is None
-    assert "org/name was not fetched from the hub to this machine" in capsys.readouterr().err
+    assert "org/name was not fetched from the Hub to this machine" in capsys.readouterr().err
     folder = tmp_path / "cache" / "models--org--name"
     save_model(folder / "snapshots" / "abc")
     (folder / "refs").mkdir()

@@ -1,4 +1,4 @@
-"""Exports of users' models: any stored type, names as on the hub, both of two tied matrices, an adapter's file."""
+"""Exports of users' models: any stored type, names as on the Hub, both of two tied matrices, an adapter's file."""
 
 import json
 from dataclasses import replace
@@ -99,7 +99,7 @@ def _dtype(config):
     ("stored", "precision"), [(torch.bfloat16, "fp32"), (torch.float16, "bf16"), (torch.float32, "bf16")]
 )
 def test_an_export_has_the_teachers_type_whatever_the_run_computes_in(tmp_path, world, capsys, stored, precision):
-    """Nearly every model on the hub is stored in bf16, and many machines compute in fp32."""
+    """Nearly every model on the Hub is stored in bf16, and many machines compute in fp32."""
     _save(tmp_path / "teacher", LlamaConfig(**SHAPE), stored)
     trained, export = _train_and_export(_config(tmp_path, precision=precision), world)
     student = load_file(tmp_path / "work" / "student" / "model.safetensors")
@@ -118,7 +118,7 @@ def test_an_export_has_the_teachers_type_whatever_the_run_computes_in(tmp_path, 
 
 
 def test_a_folder_that_leaves_out_the_base_models_prefix_is_exported_with_its_own_names(tmp_path, world):
-    """As GPT-2 on the hub does."""
+    """As GPT-2 on the Hub does."""
     prefix = "transformer."
     _save(tmp_path / "teacher", GPT2Config(**GPT2))
     _change_tensors(tmp_path / "teacher", _without(prefix))
