@@ -39,7 +39,6 @@ def step_flops(
     shape: Shape,
     *,
     shared_trunk: bool,
-    with_teacher: bool = True,
     stored_states: bool = False,
     causal: bool = True,
     position_share: float = 1.0,
@@ -50,7 +49,6 @@ def step_flops(
         shape: teacher and student.
         shared_trunk: whether the student's frozen layers cost nothing, because the teacher computes them, or because
             their states are stored too.
-        with_teacher: whether the loss reads the teacher.
         stored_states: whether the teacher's states are read from the shards. No layer of the teacher runs then, but
             the head still computes its logits from them.
         causal: whether the causal mask halves the products of attention.
@@ -58,9 +56,9 @@ def step_flops(
     """
     layer = shape.layer_flops(causal=causal)
     return {
-        "teacher_layers": shape.teacher_layers * layer * (with_teacher and not stored_states),
+        "teacher_layers": shape.teacher_layers * layer * (not stored_states),
         "student_layers": (shape.trained_layers if shared_trunk else shape.student_layers) * layer,
         "backward_layers": shape.trained_layers * 2 * layer,
         # The student's logits, the gradient of its states through the frozen matrix, and the teacher's logits.
-        "head": position_share * (2 + with_teacher) * shape.head_flops,
+        "head": position_share * 3 * shape.head_flops,
     }

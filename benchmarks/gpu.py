@@ -1,4 +1,4 @@
-"""Measures by one command what only a GPU can show about speed and memory, the most valuable first.
+"""Measures, with one command, what only a GPU can show about speed and memory, the most valuable first.
 
     python -m benchmarks.gpu --out FOLDER --work FOLDER_WITH_SPACE       # on one GPU, in ten minutes
     python -m benchmarks.gpu --toy                                       # tries all of it on a CPU, with tiny shapes
@@ -164,7 +164,7 @@ class Plan:
         """Returns the command of a section, which writes its result to `output`."""
         arguments = (section.toy if self.is_toy else section.arguments).split()
         named = [text.format(work=self.work, preset=self.preset) for text in arguments]
-        # Options first: behind overrides of the config, an option would be one value more of the one before them.
+        # Options first: after overrides of the config, they would be read as more values of the preceding option.
         return [sys.executable, "-W", "ignore", "-m", section.module, "--output", str(output), *named]
 
 
@@ -218,7 +218,7 @@ def run(plan: Plan, *, again: bool = False) -> None:
 
 
 def _run_section(plan: Plan, section: Section) -> tuple[str, dict[str, Any]]:
-    """Returns what came of a section, and its result if there is one."""
+    """Returns a section's status, and its result if there is one."""
     if missing := [name for name in section.packages if importlib.util.find_spec(name) is None]:
         return f"not installed: {', '.join(missing)}", {}
     if section.needs_work and section.name != "work" and not _has_work(plan):

@@ -27,9 +27,9 @@ RELATIONS_PER_ENTRY = 16  # more than in real entries, so that small files have 
 ENGLISH_EVERY = 8  # every eighth entry is English
 
 
-def entries(relations: int, seed: int = 0) -> Iterator[str]:
+def entries(relations: int) -> Iterator[str]:
     """Yields lines of a Wiktextract file without end; they repeat `relations` distinct pairs."""
-    draw = random.Random(seed)
+    draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 11))) for _ in range(relations // 3)]
     fillers = [_filler(draw, words) for _ in range(500)]
     pair = 0

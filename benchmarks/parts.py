@@ -6,8 +6,8 @@
 A profile of some steps is divided by the module whose forward runs, and by the kind of operation in it. What is left of
 attention without its projections and its kernel is the rotation of queries and keys, with copies; what is left of an
 MLP without its products is the activation times the gate. On a GPU shares are those of its kernels in the elapsed time,
-so that the last row is what the GPU waits; on a CPU they are the operations' own times. The head computes its gradients
-in its forward pass.
+so that the last row is the GPU's idle time; on a CPU they are the operations' own times. The head computes its
+gradients in its forward pass.
 """
 
 import sys

@@ -78,13 +78,13 @@ class Profile:
         return self._profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
 
 
-def profile_steps(step: Callable[[], object], *, warm_up: int = 2, steps: int = 2) -> tuple[dict[str, float], str]:
-    """Profiles `steps` steps after `warm_up` others; returns the shares by kind, and the table of operations."""
-    for _ in range(warm_up):
+def profile_steps(step: Callable[[], object]) -> tuple[dict[str, float], str]:
+    """Profiles two steps after two others; returns the shares by kind, and the table of operations."""
+    for _ in range(2):
         step()
     profile = Profile()
     profile.start()
-    for _ in range(steps):
+    for _ in range(2):
         step()
     return profile.stop(), profile.table()
 

@@ -1,6 +1,6 @@
 """Finds the sense rows of every position with the teacher, and writes WORKDIR/shards/{train,validation}."""
 
-from dskd.cli.program import build_parser, parse, run_on_ranks
+from dskd.cli.program import run_stage
 from dskd.config import Config
 from dskd.distributed.world import World
 
@@ -13,18 +13,11 @@ Any number of ranks writes the same shards. A split that is up to date is skippe
 """
 
 
-def main() -> None:
-    parser = build_parser(__doc__, EPILOG)
-    parser.add_argument("--force", action="store_true", help="annotate again, even what is up to date")
-    args = parse(parser)
+def build(config: Config, world: World, *, force: bool) -> None:
+    from dskd.shards.annotate import annotate  # imported here so that --help does not wait for DeepSpeed
 
-    def work(config: Config, world: World) -> None:
-        from dskd.shards.annotate import annotate  # imported here so that --help does not wait for DeepSpeed
-
-        annotate(config, world, force=args.force)
-
-    run_on_ranks(args, work)
+    annotate(config, world, force=force)
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(__doc__, EPILOG, build, help_of_force="annotate again, even what is up to date")

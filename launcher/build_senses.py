@@ -1,6 +1,6 @@
 """Gathers the teacher's states over the training text, clusters them, and writes WORKDIR/senses."""
 
-from dskd.cli.program import build_parser, parse, run_on_ranks
+from dskd.cli.program import run_stage
 from dskd.config import Config
 from dskd.distributed.world import World
 
@@ -14,20 +14,11 @@ that is up to date is left as it is.
 """
 
 
-def main() -> None:
-    parser = build_parser(__doc__, EPILOG)
-    parser.add_argument(
-        "--force", action="store_true", help="gather and build again, even if the dictionary is up to date"
-    )
-    args = parse(parser)
+def build(config: Config, world: World, *, force: bool) -> None:
+    from dskd.senses.build import build_senses  # imported here so that --help does not wait for DeepSpeed
 
-    def work(config: Config, world: World) -> None:
-        from dskd.senses.build import build_senses  # imported here so that --help does not wait for DeepSpeed
-
-        build_senses(config, world, force=args.force)
-
-    run_on_ranks(args, work)
+    build_senses(config, world, force=force)
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(__doc__, EPILOG, build, help_of_force="gather and build again, even if the dictionary is up to date")

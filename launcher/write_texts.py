@@ -1,6 +1,6 @@
 """Lets the teacher write texts that use words in their senses (corpus.source: teacher), and writes WORKDIR/written."""
 
-from dskd.cli.program import build_parser, parse, run_on_ranks
+from dskd.cli.program import run_stage
 from dskd.config import Config
 from dskd.distributed.world import World
 
@@ -15,18 +15,11 @@ this stage and the next, which makes the corpus of the texts.
 """
 
 
-def main() -> None:
-    parser = build_parser(__doc__, EPILOG)
-    parser.add_argument("--force", action="store_true", help="write again, even what is up to date")
-    args = parse(parser)
+def build(config: Config, world: World, *, force: bool) -> None:
+    from dskd.corpus.written.write import write_texts  # imported here so that --help does not wait for torch
 
-    def work(config: Config, world: World) -> None:
-        from dskd.corpus.written.write import write_texts  # imported here so that --help does not wait for torch
-
-        write_texts(config, world, force=args.force)
-
-    run_on_ranks(args, work)
+    write_texts(config, world, force=force)
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(__doc__, EPILOG, build, help_of_force="write again, even what is up to date")

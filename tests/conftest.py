@@ -8,7 +8,8 @@ import pytest
 # Ranks of one machine share its cores, and sums in another order differ in their last bits: one thread for everything
 # that is compared bit for bit.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Two ranks cannot share a GPU, and tests compare with what the CPU computes: only test_gpu.py computes on GPUs.
+# Two ranks cannot share a GPU, and tests compare with what the CPU computes: only test_gpu.py and tests/gpu/
+# compute on GPUs.
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 

@@ -19,7 +19,7 @@ from dskd.artifacts import kinds
 from dskd.artifacts.manifest import read_manifest
 from dskd.config.reading import differences, load_config
 from dskd.training import checkpoint
-from dskd.training.schedule import share_out
+from dskd.training.schedule import divide_batch
 from dskd.training.train import train
 
 # Two steps instead of two epochs, a checkpoint of each, shorter texts, and more of them in one pass of the teacher.
@@ -116,7 +116,7 @@ def test_the_papers_rate_follows_the_batch(name, batch):
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_the_papers_batch_is_divided_among_the_gpus_of_a_node(name, ranks):
     train = load_config(REPOSITORY / "configs" / name).train
-    micro_batch, accumulation = share_out(train, ranks)
+    micro_batch, accumulation = divide_batch(train, ranks)
     assert micro_batch * accumulation * ranks == train.global_batch_size == 8
 
 

@@ -126,7 +126,7 @@ def _cut(name: str, description: str, changes: Mapping[str, Any], trials: tuple[
     same_steps = _plain(name, description, changes, tuned, trials, look=look, based_on="kd")
     if changes.keys() <= {"keep", "train_norm"}:
         return (same_steps,)
-    description += ", for as long"
+    description += ", in equal time"
     return (
         same_steps,
         _plain(f"{name}, as long", description, changes, tuned, trials, look=look, based_on="kd", as_long=True),
@@ -222,14 +222,14 @@ GROUPS: Mapping[str, tuple[Arm, ...]] = {
         _plain("temperature", "the KL at another temperature", {}, "temperature", (1.0, 4.0), based_on="kd", look=1.0),
         _plain(
             "all positions",
-            "all positions in the loss, for as long",
+            "all positions in the loss, in equal time",
             {"position_share": 1.0},
             based_on="kd",
             as_long=True,
         ),
         _plain(
             "few positions",
-            "fewer positions in the loss, for as long",
+            "fewer positions in the loss, in equal time",
             {"position_share": 0.15},
             based_on="kd",
             as_long=True,

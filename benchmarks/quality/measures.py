@@ -7,7 +7,7 @@
 | perplexity | exp of the mean cross-entropy |
 | lexical_perplexity | perplexity over positions whose target has a synonym or antonym |
 | choice | share of positions with related words where the target is the most probable of it and these |
-| preference | share of positions with both kinds of related words where the synonyms are more probable in the mean |
+| preference | share of positions with both kinds of related words where the synonyms are more probable on average |
 
 Outside judges: `opposites`, `opposites_new` and `opposites_states` tell antonyms from synonyms
 (:mod:`benchmarks.quality.pairs`), `sense_separation` and `sense_separation_target` a word's senses
@@ -89,8 +89,8 @@ def is_at_chance(measures: Mapping[str, float], name: str, untrained: Mapping[st
     """Returns True if the teacher, with these measures, is less than two standard errors above chance on one of them.
 
     Such a measure says nothing about what a student learned from the teacher. Chance at `choice` and `preference` is
-    the score of the `untrained` student, which can be above one half without any knowledge of the text. It is not known
-    of measures without a count, and of those that are not shares.
+    the score of the `untrained` student, which can be above one half without any knowledge of the text. It is
+    undefined for measures without a count or that are not shares.
     """
     kind = name.removesuffix("_norm").removesuffix("_states").removesuffix("_target")
     count = measures.get(f"{kind}_n")

@@ -70,7 +70,7 @@ class Pairs:
 
     @classmethod
     def read(cls, files: Sequence[Path], teacher: Teacher, known: Collection[frozenset[str]]) -> "Pairs":
-        """Reads files of pairs; of all pairs that can be used, those at even distances count.
+        """Reads files of pairs; of many usable pairs, evenly spaced ones are used.
 
         Args:
             files: the files.

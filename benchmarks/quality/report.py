@@ -28,10 +28,10 @@ Intervals are {level} % intervals of Student's t over seeds. Seeds differ in the
 that are drawn. The intervals cover neither other teachers nor other text. Seconds are CPU seconds of training, on a
 GPU those of a clock.
 
-A difference is that of an arm and one that it has to beat, seed by seed; it is **bold** if the p-value of its paired
-t test, corrected by Holm's method over all differences of the measure, is below {threshold:.0%}. On measures with
-{at_chance} the teacher itself is less than two standard errors above chance, which is the untrained student's score for
-choice and preference: they have no differences. `opposites new` is of the pairs that the study's own lexicon lacks."""
+A difference is between an arm and one that it has to beat, seed by seed; it is **bold** if the p-value of its paired
+t test, corrected by Holm's method over all differences of the measure, is below {threshold:.0%}.
+{at_chance}: the teacher is less than two standard errors above chance, so no differences are shown. For choice and
+preference, chance is the untrained student's score. `opposites new` has the pairs that the study's lexicon lacks."""
 _ON_LOOKS = (
     "Leads, not results: no difference is bold. The means of a table are over the seeds that all of its arms have."
 )
@@ -41,7 +41,7 @@ _ON_LENGTHS = (
 _ON_VALUES = "Every arm has the value that was chosen on the text `{text}`; nothing was tuned on this one."
 _ON_TRIALS = """Every arm builds on the values that were chosen before it. `batch` and `batch again` are tried at equal
 time, as are arms "as long"; all others read as much of the text as the arm that they build on. No arm builds on Muon,
-even where it has the lowest KL in as many steps: its step takes 5.6 times as long as AdamW's."""
+even where it has the lowest KL after equally many steps: its step takes 5.6 times as long as AdamW's."""
 _THRESHOLD = 0.05
 _AT_CHANCE = "†"
 _TRIED = ("kl", "agreement", "perplexity", "lexical_perplexity")
@@ -150,7 +150,7 @@ def _tried(results: Sequence[Result]) -> str:
 
 
 def _check_of_times(results: Sequence[Result], text: str) -> list[str]:
-    """Returns how the seconds with which arms at equal time reckon compare with those of trainings on a CPU."""
+    """Returns how the seconds that equal time assumes compare with those of trainings on a CPU."""
     ratios: dict[tuple[int, int], list[float]] = {}
     for result in results:
         settings, is_on_cpu = result.settings, result.device == "cpu"
@@ -162,7 +162,7 @@ def _check_of_times(results: Sequence[Result], text: str) -> list[str]:
     shown = "; ".join(
         f"{layers} × {batch} {statistics.mean(each):.2f}" for (layers, batch), each in sorted(ratios.items())
     )
-    return [f"Seconds that equal time reckons with, divided by the recorded ones, by trained layers × batch: {shown}."]
+    return [f"Assumed seconds of arms in equal time, divided by the recorded ones, by trained layers × batch: {shown}."]
 
 
 def _compared(results: Sequence[Result], stage: Stage) -> list[str]:

@@ -49,10 +49,10 @@ def synonym_targets(
     synonyms: torch.Tensor,
     share: float,
 ) -> torch.Tensor:
-    """Returns what the mean cross-entropy grows by if a share of a target's mass goes to it and its synonyms.
+    """Returns the increase in mean cross-entropy when a share of a target's mass goes to it and its synonyms.
 
     The synonyms [N, C] and the target divide the `share` as the teacher's probabilities do. The cross-entropy with any
-    target distribution is log Σ exp z minus the mean of z over it, so the growth is share · (z(target) - mean z).
+    target distribution is log Σ exp z minus the mean of z over it, so the increase is share · (z(target) - mean z).
     """
     at = (synonyms >= 0).any(-1).nonzero().squeeze(-1)
     if not len(at):
@@ -64,10 +64,10 @@ def synonym_targets(
     return share * (student[:, 0] - (shares * student.masked_fill(missing, 0)).sum(-1)).sum() / len(states)
 
 
-def entropies(states: torch.Tensor, matrix: torch.Tensor, chunk: int = 256) -> torch.Tensor:
+def entropies(states: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Returns the entropy [N], in nats and on the CPU, of the next token after states [N, D]."""
     found = []
-    for part in states.split(chunk):
+    for part in states.split(256):
         log_shares = F.linear(part.to(matrix.device), matrix).log_softmax(-1)
         found.append(-(log_shares.exp() * log_shares).sum(-1).cpu())
     return torch.cat(found)

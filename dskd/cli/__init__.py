@@ -1,8 +1,9 @@
-"""The command line: a module for each verb of `dskd`, with its parser and its run function, and three others
-(`program`, `launching` and `results`).
+"""The command line: a module for each verb of `dskd`, with its parser and its run function, and four others
+(`program`, `launching`, `evaluate` and `results`).
 
 program    shared by all programs: arguments, overrides, ranks, exit codes
 launching  starts a program of `launcher/` on all ranks
+evaluate   the options of `launcher/evaluate.py`
 lexicon    reads synonyms and antonyms
 student    makes the student, or shows which layers it could keep
 export     makes a Hugging Face model from a checkpoint

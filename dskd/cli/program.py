@@ -35,7 +35,7 @@ from dskd.errors import (
     first_line,
 )
 
-_RANK_0_SPEAKS_FIRST_S = 8.0  # on a busy machine the launcher takes seconds to end the other ranks
+_RANK_0_REPORTS_FIRST_S = 8.0  # on a busy machine the launcher takes seconds to end the other ranks
 _OVERRIDES_HELP = (
     "replaces the value in the file, for example loss.sense_weight=0 or run=kd; values are YAML, as in the file; "
     "`dskd config` explains every key"
@@ -138,7 +138,7 @@ def run(action: Callable[[], int | None]) -> int:
         with deferred() as end:  # when the first rank has ended, the launcher sends TERM to the others
             if is_main_process():
                 _print_error(error)
-            elif not error.known_to_all_ranks and (error.unknown_to_rank_0 or not _rank_0_spoke(end)):
+            elif not error.known_to_all_ranks and (error.unknown_to_rank_0 or not _rank_0_has_reported(end)):
                 _print_error(error, f"[rank {current_rank()}] ")
         return error.exit_code
     except OSError as error:
@@ -180,18 +180,33 @@ def _print_error(error: object, start: str = "") -> None:
     print(f"{start}error: {error}", file=sys.stderr, flush=True)
 
 
-def _rank_0_spoke(end: StopRequest) -> bool:
+def _rank_0_has_reported(end: StopRequest) -> bool:
     """Waits for a while; returns True if a request to stop arrives.
 
     Most errors occur on every rank. A request then means that rank 0 has printed the error and ended, so this rank need
     not print it.
     """
-    deadline = time.monotonic() + _RANK_0_SPEAKS_FIRST_S
+    deadline = time.monotonic() + _RANK_0_REPORTS_FIRST_S
     with contextlib.suppress(KeyboardInterrupt):
         while not end.is_pending and time.monotonic() < deadline:
             time.sleep(0.05)
         return end.is_pending
     return True
+
+
+def run_stage(description: str | None, epilog: str, build: Callable[..., object], *, help_of_force: str) -> NoReturn:
+    """Runs a program of `launcher/` that builds an artifact on all ranks, and whose only option is `--force`.
+
+    Args:
+        description: what the program does, for its help.
+        epilog: its examples.
+        build: called with the config, the ranks and `force=`; it imports what it needs, so that `--help` is quick.
+        help_of_force: the help of `--force`.
+    """
+    parser = build_parser(description, epilog)
+    parser.add_argument("--force", action="store_true", help=help_of_force)
+    args = parse(parser)
+    run_on_ranks(args, lambda config, world: build(config, world, force=args.force))
 
 
 def run_on_ranks(args: argparse.Namespace, action: Callable[[Config, World], object]) -> NoReturn:

@@ -12,7 +12,7 @@ examples:
   dskd senses geometry --config configs/quickstart.yaml
   dskd senses merge --config FILE --dictionary work/wiki/senses --dictionary work/tasks/senses --output work/merged
 """
-MERGE_HELP = "merge sense dictionaries that one teacher built on different corpora"
+MERGE_HELP = "merge sense dictionaries built from one teacher on different corpora"
 MERGE_EPILOG = """
 The config names the teacher, the lexicon (for the spans and relations), and how to cluster: senses.k,
 senses.states_per_sense, senses.restarts. Name the result in senses.path, and annotate with it.
@@ -21,7 +21,7 @@ example:
   dskd senses merge --config FILE --dictionary work/wiki/senses --dictionary work/tasks/senses --output work/merged
 """
 GEOMETRY_HELP = (
-    "measure whether synonyms are nearer than antonyms to the teacher, which is what the sense loss passes on"
+    "measure whether, in the teacher's states, words are nearer to synonyms than to antonyms, as the sense loss assumes"
 )
 GEOMETRY_EPILOG = """
 Compares the mean sense embeddings of the words that have both. If the first line is near .5, there is hardly anything

@@ -143,8 +143,8 @@ class Config(Section):
         store = self.annotation.store
         if TRUNK_STATES in store and (reason := self.student.why_no_trunk):
             yield (
-                "annotation.store: trunk_states are those that leave the layers which teacher and student share, and "
-                f"they share none: {reason}; remove trunk_states from annotation.store, or change the section student"
+                "annotation.store: trunk_states needs layers that teacher and student share, but there are none: "
+                f"{reason}; remove trunk_states from annotation.store, or change the section student"
             )
         if (
             (self.student.shared_trunk == "on" and self.teacher.mode == "auto" and self.loss.needs_teacher)

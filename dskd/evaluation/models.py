@@ -53,8 +53,8 @@ def candidates(config: Config, teacher: ModelFolder | None = None) -> list[Candi
 
 
 def choose(config: Config, models: Sequence[Candidate], names: Sequence[str] | None) -> list[Candidate]:
-    """Returns the models with these names, or all of them if `names` is None. Raises a UserError when there is no model
-    of a name.
+    """Returns the models with these names, or all of them if `names` is None. Raises a UserError when a
+    name has no model.
     """
     existing = [candidate.name for candidate in models]
     missing = [name for name in names or () if name not in existing]

@@ -17,7 +17,7 @@ class Arguments:
 
     names: Sequence[str]  # after the option
     models: Sequence[str] | None  # names of models (teacher, student, runs); None: all that exist
-    force: bool  # evaluate also what is up to date
+    force: bool  # also evaluate what is up to date
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,10 @@ class Measurement:
         """Returns True if the results exist, were made by this recipe, and are logged."""
         return is_current(self.folder(config), self.recipe) and not self._is_unlogged(config)
 
-    def log_left_over(self, config: Config) -> None:
+    def log_leftover_results(self, config: Config) -> None:
         """Logs results that a killed process has published but not logged."""
         if self._is_unlogged(config) and is_current(self.folder(config), self.recipe):
-            say(f"  logging the results in {self.folder(config)}, which an interrupted process has left")
+            say(f"  logging the results in {self.folder(config)}, left by an interrupted process")
             _log(config, self)
 
     def _is_unlogged(self, config: Config) -> bool:
@@ -74,7 +74,7 @@ def find_stale(config: Config, measurements: Sequence[Measurement], *, force: bo
 
     def find() -> list[int]:
         for measurement in () if force else measurements:
-            measurement.log_left_over(config)
+            measurement.log_leftover_results(config)
         return [n for n, measurement in enumerate(measurements) if force or not measurement.is_current(config)]
 
     stale = on_main(find)
@@ -94,7 +94,7 @@ def run(
 ) -> None:
     """Measures models, and publishes and tracks their results; all ranks must call it.
 
-    A model's measurements follow each other in `stale`. `measure` measures a model on all ranks, and returns a function
+    A model's measurements are adjacent in `stale`. `measure` measures a model on all ranks, and returns a function
     that makes the outcome, which rank 0 calls. With `force`, results are replaced even if another process has made them
     meanwhile.
     """

@@ -19,7 +19,8 @@ class Term:
     # divided by it, so there it is a field of :class:`dskd.losses.head.Normalizers`.
     mean_over: str
     label: str  # in pictures and comparisons
-    # term: weighted and minimised; part: a part of a term, without its weight; indicator: smaller is not better
+    # term: weighted and minimised; part: a part of a term, without its weight; indicator: reported only;
+    # neither direction is better
     kind: Literal["term", "part", "indicator"] = "term"
     needs: str | None = None  # key of `loss`; not computed if it is 0. None: always computed, as CE is with ce_weight 0
     sense_form: str | None = None  # only computed with this `loss.sense_form`

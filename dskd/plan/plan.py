@@ -18,7 +18,7 @@ from dskd.plan.stored import stored_in_shards
 from dskd.plan.stored_speed import StatesComparison, compare_with_stored_states
 from dskd.plan.writing import Writing, plan_writing
 from dskd.shards import StoredStates
-from dskd.training.schedule import count_steps, share_out
+from dskd.training.schedule import count_steps, divide_batch
 
 RELATIONS = 0.2  # assumed share of targets with a synonym or antonym, if it is not known: more than WordNet gives
 
@@ -95,7 +95,7 @@ def make_plan(
         UserError: when training with this config is impossible on these machines: the batch cannot be divided among the
             ranks, the teacher is not supported or lacks the student's layers, or there are too few samples.
     """
-    micro_batch_size, accumulation_steps = share_out(config.train, cluster.world_size)
+    micro_batch_size, accumulation_steps = divide_batch(config.train, cluster.world_size)
     architecture.check(config)
     student = plan_student(config, architecture)
     hidden_size = architecture.values()["hidden_size"]

@@ -17,7 +17,7 @@ continuations    lets the teacher continue the training texts
 """
 
 from dskd.shards.batches import collate_tokens, gather_rows
-from dskd.shards.opening import is_lasting, open_shards, place, require_remote
+from dskd.shards.opening import is_lasting, location_of, open_shards, require_remote
 from dskd.shards.schema import (
     ANTONYM_ROWS,
     COLUMNS,

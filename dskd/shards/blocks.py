@@ -45,7 +45,7 @@ def shard_format_of(
 
 
 def block_folder(folder: Path, block: range) -> Path:
-    """Returns where a block is until the blocks in `folder`, an artifact under construction, are joined."""
+    """Returns the folder of a block until the blocks in `folder`, an artifact under construction, are joined."""
     return folder / ".blocks" / f"{block.start:012d}"
 
 

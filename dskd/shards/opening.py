@@ -42,8 +42,8 @@ def open_shards(config: Config, split: str, cache: Path, world: World, **options
     without_states = load_manifest(config, split).facts.get("without_states", {})
     with streaming_names(cache, world):
         dataset = ShardDataset(
-            remote=None if in_place else place(config, split),
-            local=place(config, split) if in_place else str(cache / split),
+            remote=None if in_place else location_of(config, split),
+            local=location_of(config, split) if in_place else str(cache / split),
             validate_hash=HASH,
             order_by=without_states.get("samples_per_shard"),
             keep_zip=False,
@@ -57,10 +57,10 @@ def open_shards(config: Config, split: str, cache: Path, world: World, **options
 def _is_read_in_place(config: Config, split: str) -> bool:
     if config.train.shard_remote is not None or config.train.shard_cache is not None:
         return False
-    return all(shard["zip_data"] is None for shard in read_index(Path(place(config, split)) / INDEX))
+    return all(shard["zip_data"] is None for shard in read_index(Path(location_of(config, split)) / INDEX))
 
 
-def place(config: Config, split: str) -> str:
+def location_of(config: Config, split: str) -> str:
     """Returns the folder or address that a split's shards are read from."""
     if config.train.shard_remote is None:
         return str(config.path(kinds.SHARDS.folder, split).resolve())
@@ -76,7 +76,7 @@ def require_remote(config: Config, split: str) -> None:
     """
     from streaming.base.storage.download import CloudDownloader
 
-    remote = f"{place(config, split)}/{INDEX}"
+    remote = f"{location_of(config, split)}/{INDEX}"
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder) / INDEX
         try:
@@ -110,8 +110,8 @@ def _require_same_index(config: Config, split: str, index: Path) -> None:
     digest = sha256_of_file(index)
     if digest != expected:
         raise UserError(
-            f"{place(config, split)}: its {INDEX} is not that of {config.path(kinds.SHARDS.folder, split)} (sha256 "
-            f"{digest[:12]}…, expected {expected[:12]}…), so it has other shards; copy "
+            f"{location_of(config, split)}: its {INDEX} is not that of {config.path(kinds.SHARDS.folder, split)} "
+            f"(sha256 {digest[:12]}…, expected {expected[:12]}…), so it has other shards; copy "
             f"{config.path(kinds.SHARDS.folder)} there again, or correct train.shard_remote",
             known_to_all_ranks=True,
         )

@@ -96,8 +96,8 @@ def stored_trunk_depth(
             raise TrunkError("in this architecture a layer's shape depends on its place")
     except TrunkError as problem:
         raise UserError(
-            "annotation.store: trunk_states are those that leave the layers which teacher and student share, and they "
-            f"share none: {problem}; remove trunk_states from annotation.store, or change the section student"
+            "annotation.store: trunk_states needs layers that teacher and student share, but there are none: "
+            f"{problem}; remove trunk_states from annotation.store, or change the section student"
         ) from None
     return depth
 

@@ -60,7 +60,7 @@ class NoTracker:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Does nothing."""
 
-    def before_checkpoint(self) -> None:
+    def save_unsent(self) -> None:
         """Does nothing."""
 
     def finish(self, status: str) -> None:
@@ -164,7 +164,7 @@ class MLflowTracker:
         now = int(time.time() * 1000)
         self.put(kind="metrics", metrics=[[name, float(value), now, step] for name, value in metrics.items()])
 
-    def before_checkpoint(self) -> None:
+    def save_unsent(self) -> None:
         """Writes unsent messages to disk: training may resume after the checkpoint and would not send them again.
 
         From time to time, has the sending thread redraw the picture of the losses.

@@ -135,7 +135,7 @@ def changes_since(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
         for key, old, new in differences(before.config, recipe.config)
     ]
     changes += [
-        f"{name}: another one then ({before.inputs.get(name, 'none')[:12]}…, now {digest[:12]}…)"
+        f"{name}: changed (digest {before.inputs.get(name, 'none')[:12]}… then, {digest[:12]}… now)"
         for name, digest in recipe.inputs.items()
         if before.inputs.get(name) != digest
     ]

@@ -89,7 +89,7 @@ def load_steps(
     )
     on_cuda = world.device.type == "cuda"
     workers = config.train.num_workers
-    place = shards.place(config, "train")
+    place = shards.location_of(config, "train")
     loader = DataLoader(
         StepSamples(dataset, schedule, start_step, place=place),
         batch_size=None,

@@ -215,7 +215,7 @@ class Blocks:
     """
 
     def __init__(self, *, pinned: bool) -> None:
-        """`pinned`: the blocks are page-locked; torch itself then uses them again."""
+        """Prepares blocks; if `pinned`, they are page-locked, and torch reuses them itself."""
         self._pinned = pinned
         self._free: list[np.ndarray] = []
         self._largest = 0

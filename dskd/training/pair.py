@@ -21,7 +21,7 @@ from dskd.models.trunk import HandOver, TrunkError, refuse_if_required, trunk_de
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
 from dskd.training.student import load_student
 from dskd.training.teacher_source import TeacherSource, reads_logits
-from dskd.training.trunk_check import Expected, StoredTrunk, difference, run_trunk_once, run_twin
+from dskd.training.trunk_check import LayerRun, StoredTrunk, difference, run_counterpart, run_trunk_once
 from dskd.training.width_map import width_of_map
 
 
@@ -151,7 +151,7 @@ def load_pair(
         teacher = load_frozen(teacher_folder, config, world, with_head=False)
     # Before the student is loaded, so that its lowest layers and the engine are never in memory together.
     trunk: StoredTrunk | None = None
-    expected: list[Expected] = []
+    expected: list[LayerRun] = []
     if depth and source.reads_trunk:
         trunk, expected = run_trunk_once(student_folder, config, world, depth)
 
@@ -173,7 +173,7 @@ def load_pair(
     if not depth:
         return ModelPair(teacher, engine, without_trunk)
     if teacher is not None:
-        expected = run_twin(teacher, kept[depth], config, world)
+        expected = run_counterpart(teacher, kept[depth], config, world)
     problem = difference(engine, expected, world=world, dtype=compute_dtype(config.precision, world.device))
     if problem is not None:
         _refuse_or_report(config, problem)

@@ -104,7 +104,9 @@ def datasets_of(config: Config, inputs: TrainingInputs) -> list[dict[str, Any]]:
             teacher_top_n=manifest.config.get("teacher_top_n", 0), stored=shards.StoredStates.of(manifest)
         )
         columns = {name: kind.split(":")[1] for name, kind in encodings.items()}
-        described.append(describe_dataset(f"shards-{split}", context, shards.place(config, split), manifest, columns))
+        described.append(
+            describe_dataset(f"shards-{split}", context, shards.location_of(config, split), manifest, columns)
+        )
     vectors = {"vectors": "float32"}  # MLflow knows no bfloat16
     described.append(
         describe_dataset("sense-dictionary", "training", str(inputs.vectors_path.parent), inputs.senses, vectors)

@@ -29,7 +29,7 @@ class Run:
     began: float  # `time.perf_counter()` when this process began to prepare the run
 
     def steps(self) -> Iterator[Step]:
-        """Yields the steps that are left, each with its data, as soon as that is there."""
+        """Yields the steps that are left, each once its data is loaded."""
         train, total = self.config.train, self.schedule.total_steps
         for steps_done in range(self.steps_done, total):
             started = time.perf_counter()

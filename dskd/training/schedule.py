@@ -43,7 +43,7 @@ def plan_schedule(config: Config, manifest: Manifest, world_size: int) -> Schedu
     """
     train = config.train
     global_batch = train.global_batch_size
-    micro_batch, accumulation_steps = share_out(train, world_size)
+    micro_batch, accumulation_steps = divide_batch(train, world_size)
     shards.require_samples(
         manifest, config.path(kinds.SHARDS.folder, "train"), global_batch, "train.global_batch_size, one step"
     )
@@ -71,7 +71,7 @@ def describe_learning_rate(train: TrainConfig) -> str:
     return f"{text}, from {train.learning_rate:.4g} at a batch of {train.learning_rate_batch_size} ({rule} rule)"
 
 
-def share_out(train: TrainConfig, world_size: int) -> tuple[int, int]:
+def divide_batch(train: TrainConfig, world_size: int) -> tuple[int, int]:
     """Returns the samples per micro-batch, and the micro-batches per rank and step.
 
     Raises:

@@ -94,7 +94,7 @@ class TeacherSource:
 
 
 def why_unread(config: Config, held: Collection[str], read: Collection[str]) -> str | None:
-    """Returns which of the columns of states that shards hold training does not read, why, and what to set.
+    """Returns which stored columns training does not read, why, and what to set.
 
     Args:
         config: the experiment.
@@ -152,7 +152,7 @@ def require_states(config: Config, source: TeacherSource) -> None:
     if source.kind == "top_n" and TEACHER_STATES in annotation.store and not annotation.teacher_top_n:
         raise UserError(
             f"{config.path(kinds.SHARDS.folder, 'train')}: annotation.store names teacher_states, but these shards "
-            f"were made without, so they have none; make them again with `{kinds.SHARDS.made_by}`, or set "
+            f"were made without them; make them again with `{kinds.SHARDS.made_by}`, or set "
             "teacher.mode to zero3"
         )
     if source.kind == "top_n" and (loss.hidden_weight or loss.compares_sense_distributions):

@@ -69,7 +69,7 @@ def _train(run: Run) -> None:
             # more step and write another checkpoint.
             stops = result.stop_requested or (step.needs_checkpoint and any_rank(stop_request.is_pending, run.world))
             if stops or step.needs_checkpoint:
-                run.tracker.before_checkpoint()
+                run.tracker.save_unsent()
                 checkpoint_writing.save(run.pair, run.config, run.recipe, progress.checkpoint_facts(step), run.world)
             if stops and not step.is_last:
                 raise stopping.Stopped(

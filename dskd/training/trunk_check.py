@@ -24,7 +24,7 @@ from dskd.models.layers import ModulePass, recorded
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
-class Expected(NamedTuple):
+class LayerRun(NamedTuple):
     """A run of the layer that the student's lowest layer is a copy of, and the positions of its tokens."""
 
     position_ids: torch.Tensor | None
@@ -41,14 +41,14 @@ class StoredTrunk:
 
 
 @torch.no_grad()
-def run_trunk_once(folder: ModelFolder, config: Config, world: World, depth: int) -> tuple[StoredTrunk, list[Expected]]:
+def run_trunk_once(folder: ModelFolder, config: Config, world: World, depth: int) -> tuple[StoredTrunk, list[LayerRun]]:
     """Runs the lowest `depth` + 1 layers of the student on test inputs, and frees them. All ranks must call it.
 
     Returns:
         The trunk, and the runs of layer `depth` for :func:`difference`.
     """
     model = load_frozen(folder, config, world, with_head=False, num_layers=depth + 1)
-    expected = run_twin(model, depth, config, world)
+    expected = run_counterpart(model, depth, config, world)
     probe = probe_inputs(model.decoder.base, model.vocab_size, config.corpus.sequence_length, world.device)
     with recorded([model.decoder.layers[depth]]) as runs:
         model.hidden_states(**probe)
@@ -57,7 +57,7 @@ def run_trunk_once(folder: ModelFolder, config: Config, world: World, depth: int
     return trunk, expected
 
 
-def run_twin(model: FrozenModel, twin: int, config: Config, world: World) -> list[Expected]:
+def run_counterpart(model: FrozenModel, twin: int, config: Config, world: World) -> list[LayerRun]:
     """Runs a model on short documents, and on a whole sequence, and returns the runs of its layer `twin`.
 
     At the end of a whole sequence rotary positions differ most, and some architectures use other factors. All ranks
@@ -73,19 +73,19 @@ def run_twin(model: FrozenModel, twin: int, config: Config, world: World) -> lis
     for input_ids, positions in ((short, start), (whole, None)):
         with recorded([model.decoder.layers[twin]]) as runs:
             model.hidden_states(input_ids, positions)
-        expected.append(Expected(positions, runs[0]))
+        expected.append(LayerRun(positions, runs[0]))
     return expected
 
 
 @torch.no_grad()
-def difference(engine: Any, expected: list[Expected], *, world: World, dtype: torch.dtype) -> str | None:
+def difference(engine: Any, expected: list[LayerRun], *, world: World, dtype: torch.dtype) -> str | None:
     """Describes how the student's lowest layer differs from its twin; None if it does not. All ranks must call it.
 
     Feeds the states that entered the twin into the student, and compares the inputs and outputs of both layers.
 
     Args:
         engine: the student's engine, which still has the teacher's weights.
-        expected: the runs of the twin, as :func:`run_twin` returns them.
+        expected: the runs of the twin, as :func:`run_counterpart` returns them.
         world: the ranks.
         dtype: type of the parameters.
     """

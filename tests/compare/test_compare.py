@@ -171,7 +171,7 @@ def test_a_measure_over_other_positions_is_left_out(empty):
     assert "lexical_perplexity left out: some runs count it at other positions" in comparison.notes[-1]
 
 
-def test_texts_of_tracked_runs_are_shown_beside_the_teachers(empty, dskd, tmp_path):
+def test_texts_of_tracked_runs_are_shown_next_to_the_teachers(empty, dskd, tmp_path):
     config = load_config(empty)
 
     def write(folder, name, *said):

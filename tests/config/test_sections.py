@@ -152,9 +152,7 @@ def test_all_conflicts_between_sections_are_reported(tmp_path):
 )
 def test_a_trunk_that_the_config_rules_out_is_not_stored(tmp_path, student, reason):
     path = write_config(tmp_path, {**MINIMAL, "student": student})
-    with pytest.raises(
-        UserError, match=rf"annotation\.store: trunk_states .* they share none: {reason}; remove trunk_"
-    ):
+    with pytest.raises(UserError, match=rf"annotation\.store: trunk_states .* there are none: {reason}; remove trunk_"):
         load_config(path, ["annotation.store=[trunk_states]"])
     load_config(path, ["annotation.store=[teacher_states]"])
 
@@ -258,7 +256,7 @@ def test_a_student_that_is_not_cut_is_trained_whole_by_default_and_can_be_printe
     chosen = {**student, "train_layers": [0, 1], "train_embeddings": False}
     section = load_config(write_config(tmp_path, {**MINIMAL, "student": chosen})).student
     assert (section.train_layers, section.train_embeddings, section.train_lm_head) == ((0, 1), False, True)
-    with pytest.raises(UserError, match=r"they share none: student\..* is not cut from the teacher"):
+    with pytest.raises(UserError, match=r"there are none: student\..* is not cut from the teacher"):
         load_config(write_config(tmp_path, {**MINIMAL, "student": student}), ["annotation.store=[trunk_states]"])
 
 

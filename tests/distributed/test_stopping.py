@@ -89,7 +89,9 @@ def _status(monkeypatch, config):
 
 
 @pytest.mark.slow
-def test_ranks_asked_at_different_times_stop_after_one_step_and_resume(tiny, copy_of_tiny, monkeypatch, capsys):
+def test_ranks_that_get_the_request_at_different_times_stop_after_the_same_step_and_resume(
+    tiny, copy_of_tiny, monkeypatch, capsys
+):
     # `tiny`, which nothing disturbs, has one worker and a checkpoint every 3 steps.
     config = copy_of_tiny(*BEFORE_TRAINING, train={**TINY["train"], "checkpoint_every": 2, "num_workers": 2})
     loaded = load_config(config)

@@ -68,7 +68,7 @@ def test_weights_of_positions_and_the_distribution_of_senses_are_those_of_the_pl
 
 @pytest.mark.parametrize("chunk_size", [4, 100])
 @pytest.mark.parametrize(("loss", "senses"), [(LOSS, "senses"), (DISTRIBUTION, "candidates")])
-def test_of_a_student_of_another_width_the_mapped_states_are_compared(case, loss, senses, chunk_size):
+def test_the_mapped_states_of_a_student_of_another_width_are_compared(case, loss, senses, chunk_size):
     """The logits are those of its own states. Both have gradients, and through the mapped ones the map has one."""
     gradients, losses = [], []
     for is_plain in (False, True):

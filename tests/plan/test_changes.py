@@ -135,7 +135,7 @@ def test_storing_the_teachers_states_is_proposed_with_its_bytes(tmp_path):
     )  # 2**20 sequences · 16 tokens · 2 columns · 32 · 2 bytes
 
 
-def test_a_host_that_is_too_small_is_no_reason_to_offload(tmp_path, dskd):
+def test_a_host_that_is_too_small_is_not_a_reason_to_offload(tmp_path, dskd):
     config_of(tmp_path)
     options = ["--config", tmp_path / "config.yaml", "--teacher-config", shapes_file(tmp_path), *MACHINES]
     code, printed, _ = dskd("plan", *options, "student.layers=2", "--host-memory", 1)

@@ -274,7 +274,7 @@ def test_a_trunk_that_the_teacher_rules_out_is_not_planned(tmp_path):
     config = config_of(tmp_path, *STORED, "student.train_lm_head=true")
     tied = Architecture(json.dumps({**LLAMA, "tie_word_embeddings": True}), "llama")
     with pytest.raises(
-        UserError, match=r"annotation\.store: trunk_states .* they share none: .* embeddings are trained"
+        UserError, match=r"annotation\.store: trunk_states .* there are none: .* embeddings are trained"
     ):
         make_plan(config, cluster_of(), tied, samples=1000)
 

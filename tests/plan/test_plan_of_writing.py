@@ -30,7 +30,7 @@ def _plan(tmp_path, *overrides, ranks=1, device="cuda", **rates):
     return plan_writing(config_of(tmp_path, *WRITES, *overrides), cluster, architecture, teacher_shapes(architecture))
 
 
-def test_a_job_whose_text_is_there_has_no_such_plan(tmp_path):
+def test_a_job_with_text_of_its_own_has_no_plan_of_writing(tmp_path):
     architecture = Architecture(json.dumps(LLAMA), "llama")
     assert plan_writing(config_of(tmp_path), cluster_of(), architecture, teacher_shapes(architecture)) is None
 
@@ -63,7 +63,7 @@ def test_a_sharded_teacher_is_gathered_for_every_token(tmp_path):
     assert "gathering" not in _plan(tmp_path, ranks=2, memory_bandwidth=1e15).limit  # it fits, so it is whole
 
 
-def test_the_plan_has_a_table_of_it(tmp_path, dskd):
+def test_the_plan_has_a_table_of_writing(tmp_path, dskd):
     path = tmp_path / "config.yaml"
     config_of(tmp_path)
     arguments = ["--config", path, "--teacher-config", shapes_file(tmp_path), *MACHINES, *SMALL, "--samples", 1000]

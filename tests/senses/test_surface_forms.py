@@ -80,7 +80,7 @@ def test_capitalized_forms_of_one_token_are_heads_and_neighbours(tokenizer):
     assert (counts["capitalized_heads"], counts["capitalized_neighbours"]) == (2, 2)
 
 
-def test_both_forms_together(tokenizer):
+def test_both_surface_forms_can_be_used_together(tokenizer):
     found, counts = _neighbours(tokenizer, relations_of(*PAIRS), "capitalized", "sentence_initial")
     assert set(found) == {"Ġbig", "ĠBig", "Big", "Ġlarge", "ĠLarge", "Ġsmall", "Small"}
     assert found["Big"] == ({"Ġlarge", "ĠLarge", "ĠveryĠhuge"}, {"Ġsmall", "Small"})

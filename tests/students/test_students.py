@@ -169,7 +169,7 @@ def test_an_unsuitable_student_is_refused_and_nothing_is_written(tmp_path, chang
 
 
 @pytest.mark.usefixtures("teacher")
-def test_a_gguf_file_is_no_student(tmp_path):
+def test_a_gguf_file_is_not_a_student(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match=r"student.path: .*x.gguf is a GGUF file, which only teacher.path can name"):
         build_student(_config(tmp_path, student={"path": str(tmp_path / "x.gguf")}))

@@ -122,7 +122,7 @@ def test_tracking_can_be_off(tmp_path):
         tracking_config(tmp_path, enabled=False), ONE_RANK, tags={}, start=Start(device_hours=2.0)
     )
     tracking.log_metrics({"a": 1.0}, 1)
-    tracking.before_checkpoint()
+    tracking.save_unsent()
     tracking.finish("FINISHED")
     assert (tracking.run_id, tracking.device_hours) == (None, 2.0)
     assert not list(tmp_path.iterdir())
@@ -151,7 +151,7 @@ def test_runs_that_start_at_once_on_a_new_work_directory_make_one_database(tmp_p
     assert not [*tmp_path.glob(".mlflow.db*")]
 
 
-def test_a_file_that_is_no_sqlite_database_is_refused(tmp_path):
+def test_a_file_that_is_not_an_sqlite_database_is_refused(tmp_path):
     (tmp_path / "mlflow.db").write_bytes(b"this is no database, but long enough to be looked at" * 30)
     with pytest.raises(UserError, match=r"tracking.uri: MLflow at sqlite:"):
         start_tracking(tracking_config(tmp_path), ONE_RANK, tags={})

@@ -53,7 +53,7 @@ def test_unsent_messages_are_sent_by_the_next_start_and_by_export(link, tmp_path
     wait_for(lambda: len(points(link.uri, first.run_id, "train/loss")) == 3)
     link.cut()
     first.log_metrics({"train/loss": 4.0}, 4)
-    first.before_checkpoint()
+    first.save_unsent()
     unsent = kinds.checkpoint_folder(config) / "tracking" / "unsent.jsonl"
     assert '["train/loss", 4.0,' in unsent.read_text()  # a killed process loses nothing from before its checkpoint
     first.log_metrics({"train/loss": 5.0}, 5)

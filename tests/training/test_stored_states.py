@@ -205,7 +205,7 @@ def test_a_run_resumes_when_its_teacher_is_stored_and_when_its_shards_lose_and_g
     shutil.rmtree(shards)
     shutil.copytree(load_config(tiny).path("shards", "train"), shards)
     _forget(config, 4)
-    with pytest.raises(UserError, match="shards: another one then"):
+    with pytest.raises(UserError, match="shards: changed"):
         train(config, world, resume=True)
 
 

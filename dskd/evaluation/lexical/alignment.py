@@ -2,7 +2,7 @@
 
 | measure | at a held-out position | chance |
 |---|---|---|
-| row_agreement | of the two or more rows C(y_i) of its target, model and teacher have the same nearest | 1/C |
+| row_agreement | model and teacher have the same nearest of the two or more rows C(y_i) of its target | 1/C |
 | sense_alignment | the nearest row of P_i is nearer than every row of N_i | P/(P + N) |
 
 The nearest row has the smallest L2 distance, the lower row of equal ones, as in annotation, which found the teacher's

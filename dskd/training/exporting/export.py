@@ -78,7 +78,7 @@ def build_export(config: Config) -> None:
 
 
 def is_exported(config: Config, source: checkpoint.Checkpoint) -> bool:
-    """Returns True if the run's export is of this checkpoint, and MLflow has it if it is to have it."""
+    """Returns True if the run's export is of this checkpoint and, if the run is tracked, MLflow has received it."""
     target = config.path(kinds.EXPORT.folder, config.run)
     is_left = config.tracking.enabled and read_unlogged(target) is not None
     return is_current(target, recipe(source)) and not is_left

@@ -171,6 +171,6 @@ def test_calls_of_tools_and_their_functions_are_objects():
         (None, "expected an object with a chat"),
     ],
 )
-def test_what_is_no_chat_is_refused_with_the_turn(record, message):
+def test_a_record_that_is_not_a_chat_is_refused_with_the_turn(record, message):
     with pytest.raises(ChatError, match=message):
         _parse(record)

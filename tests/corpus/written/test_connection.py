@@ -110,13 +110,13 @@ def test_a_key_that_cannot_be_sent_is_named_without_its_value(monkeypatch, key):
 
 
 @pytest.mark.parametrize("event", [{"choices": [{"delta": "x"}]}, {"choices": ["x"]}, {"choices": 5}])
-def test_a_malformed_stream_is_no_completion(event):
+def test_a_malformed_stream_is_not_a_completion(event):
     message = _refusal_of(_http(f"data: {json.dumps(event)}\n\n", kind="text/event-stream"))
     assert "answers with something that is not a chat completion" in message
 
 
 @pytest.mark.parametrize("answer", [5, [], {"choices": "x"}, {"choices": [{"message": "x"}]}])
-def test_a_malformed_answer_is_no_completion(answer):
+def test_a_malformed_answer_is_not_a_completion(answer):
     assert "answers with something that is not a chat completion" in _refusal_of(_http(answer))
 
 

@@ -54,7 +54,7 @@ def test_a_text_is_cut_after_its_last_whole_sentence(text, cut):
         ("It was hot.\nHe said: go.", "It was hot.\nHe said: go."),
     ],
 )
-def test_the_announcement_of_a_text_is_no_part_of_it(text, rest):
+def test_the_announcement_of_a_text_is_not_part_of_it(text, rest):
     assert without_announcement(text) == rest
 
 

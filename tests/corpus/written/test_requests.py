@@ -84,7 +84,7 @@ def test_only_the_first_paragraph_of_a_base_models_text_is_its_answer():
     assert Prompter(tokenizer, 0).answer("half \ud800 a pair", BANK) == ""
 
 
-def test_thoughts_are_no_part_of_an_answer_whether_they_end_or_not():
+def test_thoughts_are_not_part_of_an_answer_whether_they_end_or_not():
     tokenizer = word_tokenizer(["bank"])
     tokenizer.chat_template = CHAT_TEMPLATE
     chat = Prompter(tokenizer, 0)
@@ -93,7 +93,7 @@ def test_thoughts_are_no_part_of_an_answer_whether_they_end_or_not():
     assert chat.answer("<think>One.</think>Two.<think>Three.", BANK) == THOUGHTS
 
 
-def test_thoughts_that_begin_in_the_prompt_are_no_answer():
+def test_thoughts_that_begin_in_the_prompt_are_not_an_answer():
     tokenizer = word_tokenizer(["bank"])
     tokenizer.chat_template = CHAT_TEMPLATE + "<think>\n"
     chat = Prompter(tokenizer, 0)

@@ -19,7 +19,7 @@ def test_a_file_that_is_cut_short_is_refused_before_anything_is_loaded(tmp_path,
     )
 
 
-def test_what_is_no_gguf_model_is_refused(tmp_path):
+def test_a_file_that_is_not_a_gguf_model_is_refused(tmp_path):
     path = tmp_path / "model.gguf"
     assert_refused(path, "there is no such file")
     path.mkdir()

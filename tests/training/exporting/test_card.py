@@ -233,7 +233,7 @@ def test_numbers_fit_their_nouns_and_nothing_is_empty():
         ({"license": "own_terms"}, "whose files name its licence as own\\_terms; that licence applies too."),
     ],
 )
-def test_a_pretrained_student_of_a_licence_that_we_do_not_know(licence, says):
+def test_the_card_refers_to_the_unknown_licence_of_a_pretrained_student(licence, says):
     assert says in render_card(_facts(student={"origin": "path", **licence}), packages={})
 
 

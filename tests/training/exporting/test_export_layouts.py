@@ -219,7 +219,7 @@ def test_what_would_fail_at_the_end_fails_before_the_first_step(tmp_path, world)
     pair.engine.destroy()
 
 
-def test_in_bf16_a_table_of_rotations_that_is_wrong_far_away_is_told_from_rounding(tmp_path, world):
+def test_in_bf16_a_rotation_table_that_is_wrong_at_far_positions_is_distinguished_from_rounding(tmp_path, world):
     _save(tmp_path / "teacher", LlamaConfig(**SHAPE | {"max_position_embeddings": 2048}))
     corpus = {"packing": "stream", "sequence_length": 2048}
     config = _config(tmp_path, precision="bf16", corpus=corpus, student={"layers": 4, "train_layers": 1})
