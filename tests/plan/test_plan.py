@@ -129,6 +129,10 @@ def test_a_step_is_as_fast_as_the_disk_delivers_its_stored_states(tmp_path):
     assert slow.comparison.computing == computed.speed
     assert computed.comparison.reading == slow.speed
     assert slow.comparison.gain == computed.comparison.gain == computed.speed.step_s / slow.speed.step_s
+    assert f"a step takes {1 / slow.comparison.gain:,.1f} times as long as with the teacher" in format_plan(slow)
+    least = slow.comparison.break_even * 1e3
+    assert f"reading is faster above --disk-bandwidth {least / 2**30:.2g}" in format_plan(slow)
+    assert plan_of(0.99 * least).comparison.gain < 1 < plan_of(1.01 * least).comparison.gain
     flops = computed.speed.flops_per_token["teacher_layers"] * 16 * 1000
     assert slow.comparison.storing_s >= flops / 4 / 1e14
 

@@ -254,9 +254,10 @@ def test_the_stream_that_uses_a_copy_waits_for_it_and_keeps_its_memory(monkeypat
 def test_shards_without_the_teachers_distributions_are_refused(folder):
     class Shards:
         config = {"kappa": 5, "teacher_top_n": 0}
+        facts = {}
 
     config = config_of(folder, annotation={"teacher_top_n": 4})
-    with pytest.raises(UserError, match=r"hold no distributions of the teacher.*launcher/annotate.py"):
+    with pytest.raises(UserError, match=r"hold nothing of the teacher; .* the most probable tokens; make.*annotate.py"):
         require_teacher_cache(config, "train", Shards())
     Shards.config = {"teacher_top_n": 4}
     require_teacher_cache(config, "train", Shards())
