@@ -66,8 +66,11 @@ def stage(name: str, *, reads: Sequence[Path | str], writes: Path | str) -> Iter
 
 
 def gigabytes(size: float) -> str:
-    """Returns `size`, in bytes, as text in GB (2^30 bytes)."""
-    return f"{size / GB:,.2f} GB"
+    """Returns `size`, in bytes, as text in GB (2^30 bytes), or a small one in MB (2^20 bytes) or KB."""
+    for unit, in_bytes in (("GB", GB), ("MB", 2**20)):
+        if size >= 0.01 * in_bytes:
+            return f"{size / in_bytes:,.2f} {unit}"
+    return f"{size / 2**10:.2f} KB"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:

@@ -181,7 +181,9 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str], teacher: F
         Stage(kinds.SHARDS.name, shards_are_current, ranks("annotate.py")),
     ]
     for name in config.run_names:
-        stages += _run_stages(load_config(path, [*overrides, run_override(name)]), path, overrides, teacher)
+        run_config = load_config(path, [*overrides, run_override(name)])
+        run_config.require_stored()
+        stages += _run_stages(run_config, path, overrides, teacher)
     stages.append(
         Stage(kinds.EVALUATION.name, lambda: held_out_text.are_current(config, teacher()), ranks("evaluate.py"))
     )

@@ -33,6 +33,7 @@ from dskd.config.models import Spacing as Spacing
 from dskd.config.models import StudentConfig, TeacherConfig
 from dskd.config.section import PathText, Section
 from dskd.config.training import LossConfig, PipelineConfig, TrackingConfig, TrainConfig
+from dskd.errors import UserError
 
 # Folders and files are named after runs, and file systems allow names of 255 bytes; the rest is for prefixes, suffixes.
 LONGEST_RUN_NAME = 128
@@ -118,8 +119,6 @@ class Config(Section):
 
     def problems(self) -> Iterator[str]:
         """Yields messages about sections that do not fit together."""
-        if self.teacher.mode == "cached":
-            yield from self._missing_in_the_shards()
         yield from self._without_a_trunk()
         if self.annotation.continuation_tokens and self.corpus.packing != "none":
             yield "annotation.continuation_tokens needs corpus.packing: none, in which each text is a sample of its own"
@@ -157,7 +156,18 @@ class Config(Section):
                 "resident or zero3"
             )
 
-    def _missing_in_the_shards(self) -> Iterator[str]:
+    def require_stored(self) -> None:
+        """Checks that annotation stores what training reads with teacher.mode: cached.
+
+        Training itself does not check this: it looks at the shards, which may have been made with another config.
+
+        Raises:
+            UserError: naming all keys that do not fit.
+        """
+        if self.teacher.mode == "cached" and (problems := list(self._missing_in_new_shards())):
+            raise UserError("; ".join(problems))
+
+    def _missing_in_new_shards(self) -> Iterator[str]:
         """Yields what teacher.mode: cached would read from the shards, and `annotation` does not store."""
         store = self.annotation.store
         if TEACHER_STATES not in store:

@@ -19,6 +19,7 @@ from dskd.plan.stored_speed import StatesComparison, compare_with_stored_states
 from dskd.plan.writing import Writing, plan_writing
 from dskd.shards import StoredStates
 from dskd.training.schedule import count_steps, divide_batch
+from dskd.training.teacher_source import as_annotated
 
 RELATIONS = 0.2  # assumed share of targets with a synonym or antonym, if it is not known: more than WordNet gives
 
@@ -93,8 +94,12 @@ def make_plan(
 
     Raises:
         UserError: when training with this config is impossible on these machines: the batch cannot be divided among the
-            ranks, the teacher is not supported or lacks the student's layers, or there are too few samples.
+            ranks, the teacher is not supported or lacks the student's layers, there are too few samples, or training
+            with teacher.mode: cached would find nothing in the shards.
     """
+    shards = _shards(config)
+    config = as_annotated(config, shards)
+    config.require_stored()
     micro_batch_size, accumulation_steps = divide_batch(config.train, cluster.world_size)
     architecture.check(config)
     student = plan_student(config, architecture)
@@ -102,7 +107,6 @@ def make_plan(
     trunk = trunk_to_store(config, architecture)
     to_store = stored_in_shards(config, cluster.dtype(config.precision), hidden_size, trunk)
     teacher = teacher_shapes(architecture)
-    shards = _shards(config)
     if samples is None:
         samples = config.corpus.max_sequences if shards is None else int(shards.facts["samples"])
     if samples is not None and samples < config.train.global_batch_size:

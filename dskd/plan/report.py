@@ -201,8 +201,8 @@ def _stored(plan: Plan, stored: StatesComparison) -> str:
     change = stored_states(stored.columns, plan.config.teacher.mode).text()
     bandwidth = f"--disk-bandwidth {plan.cluster.disk_bandwidth / GB:g}"
     if not stored.is_planned and stored.gain < _WORTHWHILE:
-        now, gain = _unread(plan) or "none", f"{stored.gain:.1f} times as fast at {bandwidth}"
-        return f"Stored states: {now}. With {change} a step would be {gain}."
+        now, gain = _unread(plan) or "none", _gain(plan, stored)
+        return f"Stored states: {now}. With {change}, at {bandwidth}, a step {gain}."
     faster, of_node = (
         stored.computing.teacher_s / stored.reading.reading_s,
         stored.rate * plan.cluster.gpus_per_node / GB,
@@ -213,7 +213,7 @@ def _stored(plan: Plan, stored: StatesComparison) -> str:
         f"Stored states: {' and '.join(stored.columns)}"
         if stored.is_planned
         else f"Stored states: {_unread(plan) or 'none'}. With {change}:",
-        f"  a step is {stored.gain:.1f} times as fast as with the teacher in it",
+        f"  a step {_gain(plan, stored)}",
         f"  reading the states is {_compared(faster)} computing them, at {bandwidth}",
         f"  each {what} reads {stored.rate / GB:.2f} GB/s if the disks keep up, a node {of_node:,.1f} GB/s"
         + (f": more than {bandwidth}, which limits the step" if is_limited else ""),
@@ -227,6 +227,17 @@ def _stored(plan: Plan, stored: StatesComparison) -> str:
             f"  annotation runs the teacher once, for about {once}; each run then takes {one} instead of {other}",
         ]
     return "\n".join(lines)
+
+
+def _gain(plan: Plan, stored: StatesComparison) -> str:
+    """Returns how long a step takes that reads the states, and if it takes longer, at which bandwidth it would not."""
+    if stored.gain >= 1:
+        return f"is {stored.gain:.1f} times as fast as with the teacher in it"
+    least = stored.break_even * plan.cluster.disk_bandwidth / GB
+    return (
+        f"takes {1 / stored.gain:,.1f} times as long as with the teacher in it; reading is faster above "
+        f"--disk-bandwidth {least:.2g}"
+    )
 
 
 def _unread(plan: Plan) -> str | None:

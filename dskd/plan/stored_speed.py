@@ -29,6 +29,11 @@ class StatesComparison:
         return self.computing.step_s / self.reading.step_s
 
     @property
+    def break_even(self) -> float:
+        """Returns the share of the given disk bandwidth at which both steps take equally long."""
+        return self.reading.reading_s / self.computing.step_s
+
+    @property
     def rate(self) -> float:
         """Returns the bytes/s of states that each GPU reads if no disk limits it."""
         return self.reading.read_bytes / self.reading.step_without_reading_s

@@ -74,6 +74,8 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
     if not stale:
         say(f"up to date: {config.path(kinds.SHARDS.folder)}")
         return
+    if "train" in stale:
+        config.require_stored()
     uses = {split: TeacherUse.of(config, inputs.stored, split) for split in stale}
     if inputs.stored and "train" in stale:
         building = Building(config.path(kinds.SHARDS.folder, "train"), recipe(config, "train", inputs))

@@ -42,35 +42,41 @@ class SampleInFile:
         for part in parts:
             found.update(part)
         if found.digest() != self.digest:
-            name = Path(self.file).name
-            raise ValueError(f"{name} has changed: its sample {self.number} is not what the index says")
+            raise ValueError(f"{self.file} has changed: its sample {self.number} is not what the index says")
 
 
 class MappedFiles:
     """The shard files that were mapped last. A map lives on as long as there are arrays in it."""
 
     def __init__(self) -> None:
-        self._maps: OrderedDict[str, memoryview] = OrderedDict()
+        self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
 
     def open(self, path: str, size: int) -> memoryview:
         """Maps a file of `size` bytes.
 
+        Call this before each read: a file that was mapped can become shorter, and reading past its end would kill the
+        process with a bus error.
+
         Raises:
             FileNotFoundError: if there is none; a dataset then fetches it.
-            ValueError: if it has another size. Reading past the end of a map would kill the process.
+            ValueError: if it has another size.
         """
         if path in self._maps:
             self._maps.move_to_end(path)
-            return self._maps[path]
+            _require_size(path, self._maps[path].size(), size)  # of the file now
+            return memoryview(self._maps[path])
         with Path(path).open("rb") as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size:
-                raise ValueError(f"{Path(path).name} has {found:,} bytes, but the index says {size:,}")
-            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            _require_size(path, os.fstat(file.fileno()).st_size, size)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._maps[path] = mapped
         if len(self._maps) > _OPEN_FILES:
             self._maps.popitem(last=False)
-        return mapped
+        return memoryview(mapped)
+
+
+def _require_size(path: str, found: int, size: int) -> None:
+    if found != size:
+        raise ValueError(f"{path} has {found:,} bytes, but the index says {size:,}")
 
 
 class SampleReader:

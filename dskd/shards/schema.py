@@ -158,11 +158,20 @@ def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> Non
             f"{stored} most probable tokens; set it to {stored}, or make the shards again with `{kinds.SHARDS.made_by}`"
         )
     if not stored:
+        states = StoredStates.of(manifest)
+        if states is not None and TEACHER_STATES in states.columns:
+            raise UserError(
+                f"annotation.teacher_top_n: {top_n}, but {config.path(kinds.SHARDS.folder, split)} holds "
+                "teacher_states, and no most probable tokens; set it to 0 to read the states"
+            )
+        held = "nothing of the teacher" if states is None else f"only {' and '.join(states.columns)} of the teacher"
+        remedy = (
+            "" if top_n else "set annotation.store to [teacher_states], or annotation.teacher_top_n (to 64, say), and "
+        )
         raise UserError(
-            f"{config.path(kinds.SHARDS.folder, split)}: the shards hold no distributions of the teacher, and "
-            f"teacher.mode: cached with loss.kd_weight {config.loss.kd_weight:g} reads them; "
-            f"{'' if top_n else 'set annotation.teacher_top_n (64, say) and '}make the shards again with "
-            f"`{kinds.SHARDS.made_by}`"
+            f"{config.path(kinds.SHARDS.folder, split)}: the shards hold {held}; teacher.mode: cached with "
+            f"loss.kd_weight {config.loss.kd_weight:g} reads teacher_states or the most probable tokens; {remedy}make "
+            f"the shards again with `{kinds.SHARDS.made_by}`, or set teacher.mode to zero3"
         )
 
 

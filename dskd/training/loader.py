@@ -24,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dskd import shards
+from dskd.artifacts import kinds
 from dskd.config import Config
 from dskd.distributed import stopping
 from dskd.distributed.world import World
@@ -89,9 +90,8 @@ def load_steps(
     )
     on_cuda = world.device.type == "cuda"
     workers = config.train.num_workers
-    place = shards.location_of(config, "train")
     loader = DataLoader(
-        StepSamples(dataset, schedule, start_step, place=place),
+        StepSamples(config, dataset, schedule, start_step),
         batch_size=None,
         num_workers=workers,
         collate_fn=functools.partial(_collate_packed, collate),
@@ -100,8 +100,8 @@ def load_steps(
         # Without a timeout, a worker waits forever for a shard that another rank's worker failed to fetch.
         timeout=config.train.collective_timeout_s if workers else 0,
     )
-    packed = itertools.islice(_steps_in(loader), schedule.total_steps - start_step)
-    complete = _complete_ahead(packed, place, pinned=on_cuda)
+    packed = itertools.islice(_steps_in(loader, config, dataset), schedule.total_steps - start_step)
+    complete = _complete_ahead(packed, config, pinned=on_cuda)
     for step in copy_ahead(complete, CudaCopier(world.device)) if on_cuda else complete:
         yield step.unpack(sense_bank)
 
@@ -117,11 +117,19 @@ class Unreadable:
     is_temporary: bool
 
     @classmethod
-    def of(cls, error: Exception, place: str) -> "Unreadable":
-        """Describes the error that occurred while a shard at `place` was read."""
+    def of(cls, error: Exception, config: Config) -> "Unreadable":
+        """Describes the error that occurred while a shard of the training data was read."""
+        folder = config.path(kinds.SHARDS.folder, "train")
+        if config.train.shard_remote is None:
+            # Without its removal, annotation would skip it as up to date: it compares sizes, and not contents.
+            again = (
+                f"If there is no copy of it, remove {folder} and make the shards again with `{kinds.SHARDS.made_by}`"
+            )
+        else:
+            again = f"{folder} has the same files, and `dskd inspect shards --config FILE` compares their content"
         return cls(
-            f"{place}: a shard of the training data cannot be read ({reason_of(error)}); restore the file, or your "
-            "access to it, and continue with --resume",
+            f"{shards.location_of(config, 'train')}: a shard of the training data cannot be read ({reason_of(error)}); "
+            f"restore the file, or your access to it, and continue with --resume. {again}",
             is_temporary=not shards.is_lasting(error),
         )
 
@@ -137,9 +145,9 @@ class StepSamples(IterableDataset):
     steps do not divide evenly among the workers, those with fewer yield an empty step.
     """
 
-    def __init__(self, dataset: "ShardDataset", schedule: Schedule, start_step: int, *, place: str) -> None:
+    def __init__(self, config: Config, dataset: "ShardDataset", schedule: Schedule, start_step: int) -> None:
+        self._config = config
         self._dataset = dataset
-        self._place = place
         self._schedule = schedule
         self._start_step = start_step
 
@@ -148,7 +156,7 @@ class StepSamples(IterableDataset):
         try:
             yield from self._steps()
         except Exception as error:  # file system, object store and decoder each raise their own types
-            yield Unreadable.of(error, self._place)
+            yield Unreadable.of(error, self._config)
 
     def _steps(self) -> Iterator[list[dict[str, Any]]]:
         worker = get_worker_info()
@@ -179,15 +187,23 @@ def _collate_packed(collate: Collate, samples: list[dict[str, Any]] | Unreadable
     return PackedStep.of(collate(samples)) if samples else None
 
 
-def _steps_in(loader: Iterable[PackedStep | Unreadable | None]) -> Iterator[PackedStep]:
-    for step in loader:
-        if isinstance(step, Unreadable):
-            raise step.as_error()
-        if step is not None:
-            yield step
+def _steps_in(
+    loader: Iterable[PackedStep | Unreadable | None], config: Config, dataset: "ShardDataset"
+) -> Iterator[PackedStep]:
+    try:
+        for step in loader:
+            if isinstance(step, Unreadable):
+                raise step.as_error()
+            if step is not None:
+                yield step
+    except RuntimeError as error:
+        # A file that becomes shorter while a worker copies from its map ends the worker with a bus error.
+        if "DataLoader worker" in str(error) and (changed := dataset.find_changed_size()):
+            raise Unreadable.of(changed, config).as_error() from error
+        raise
 
 
-def _complete_ahead(steps: Iterator[PackedStep], place: str, *, pinned: bool) -> Iterator[PackedStep]:
+def _complete_ahead(steps: Iterator[PackedStep], config: Config, *, pinned: bool) -> Iterator[PackedStep]:
     """Yields each step with its states and sense rows; while it runs, a thread reads those of the next.
 
     On a GPU (`pinned`), it also copies steps without them to page-locked memory.
@@ -198,7 +214,7 @@ def _complete_ahead(steps: Iterator[PackedStep], place: str, *, pinned: bool) ->
         try:
             return step.complete(reader, blocks) if step.to_read or pinned else step
         except (OSError, ValueError) as error:
-            raise Unreadable.of(error, place).as_error() from None
+            raise Unreadable.of(error, config).as_error() from None
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         ahead: deque[Future[PackedStep]] = deque()

@@ -137,6 +137,18 @@ def _kind_of(config: Config, columns: Collection[str]) -> Kind:
     return "loaded" if config.teacher.mode == "auto" else "top_n"
 
 
+def as_annotated(config: Config, shards: Manifest | None) -> Config:
+    """Returns the config that also names the states in `shards` which training reads with `teacher.mode: cached`.
+
+    Training looks at the shards; with this config, :meth:`TeacherSource.planned` finds the same source.
+    """
+    if shards is None or config.teacher.mode != "cached":
+        return config
+    store = {*config.annotation.store, *TeacherSource.of(config, shards).columns}
+    in_order = tuple(column for column in (TEACHER_STATES, TRUNK_STATES) if column in store)
+    return config.model_copy(update={"annotation": config.annotation.model_copy(update={"store": in_order})})
+
+
 def reads_logits(kind: Kind, loss: LossConfig) -> bool:
     """Returns True if the head computes the teacher's logits from its states, for which it needs its output matrix."""
     return kind in ("loaded", "states") and loss.kd_weight > 0

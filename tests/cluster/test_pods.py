@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 HOSTS = ("node1", "node2")
 SMOKE = (REPOSITORY / "configs" / "smoke.yaml").read_text(encoding="utf-8")
 STEPS = yaml.safe_load(SMOKE)["train"]["steps"]
+STORED = "training reads the teacher's states from the shards"  # which the smoke test's config stores
 USER = 10001
 # The names that a cluster's DNS would have for the pods of each job and the services.
 ALIASES = {
@@ -63,6 +64,7 @@ def undisturbed(kubelet):
     running = _start(kubelet, pods, preflight=True)
     assert _wait(running) == [0, 0], _output(running)
     assert "preflight: all checks passed" in running[0].output
+    assert STORED in running[0].output
     for one in running:  # each pod checks the checkpoints
         assert f"run 'dskd': finished, step {STEPS} of {STEPS}" in one.output
     losses = _losses(kubelet, "dskd")
@@ -313,6 +315,7 @@ def test_shards_in_a_bucket_give_the_same_run_and_other_shards_are_refused(
     arguments = ("run=bucket", "tracking.uri=null")
     running = _start(bare, pods, *arguments, **few)
     assert _wait(running) == [0, 0], _output(running)
+    assert STORED in running[0].output
     assert _losses(bare, "bucket") == undisturbed
 
     other = tmp_path / "other"

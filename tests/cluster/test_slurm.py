@@ -16,16 +16,22 @@ from cluster_lab.slurm import PREEMPTOR_PARTITION
 from repository import REPOSITORY
 from tiny_work import BEFORE_TRAINING, TINY, copy_work
 
+from dskd.config.reading import load_config
+from dskd.shards.annotate import annotate
+
 pytestmark = pytest.mark.cluster
 
 STEPS = 60
 
 
 @pytest.fixture(scope="module")
-def site(slurm, tiny, tmp_path_factory):
+def site(slurm, tiny, world, tmp_path_factory):
+    """Two nodes, and a work directory whose shards have the teacher's states."""
     folder = tmp_path_factory.mktemp("site")
     settings = {**TINY["train"], "steps": STEPS, "checkpoint_every": 10, "collective_timeout_s": 60}
-    config = copy_work(tiny, folder, *BEFORE_TRAINING, train=settings)
+    annotation = {**TINY["annotation"], "store": ["teacher_states", "trunk_states"]}
+    config = copy_work(tiny, folder, *BEFORE_TRAINING, train=settings, annotation=annotation)
+    annotate(load_config(config), world)
     yield Site(slurm, folder, config)
     slurm.cancel_all()
 
@@ -42,6 +48,7 @@ def undisturbed(site):
     facts = {name: text for name, text in run.tags.items() if name.startswith("job.")}
     assert facts == {"job.scheduler": "slurm", "job.id": str(job), "job.name": "dskd-train"}
     assert "finished, step 60 of 60" in site.log(job)
+    assert "training reads the teacher's states from the shards" in site.log(job)
     return site.losses("undisturbed")
 
 

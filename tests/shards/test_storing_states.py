@@ -247,6 +247,7 @@ def test_a_disk_without_room_for_the_states_is_refused(tmp_path, monkeypatch):
     assert size == (32 + 31 + 3) * 64 * 2 * 2
     line = describe_stored(stored, 3 * 2**30, tmp_path)
     assert line == f"stores teacher_states and trunk_states (what enters layer 2) in bf16: 3.00 GB in {tmp_path}"
+    assert f"{size / 2**20:.2f} MB in {tmp_path}" in describe_stored(stored, size, tmp_path)
     building = Building(tmp_path / "shards" / "train", Recipe("shards"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * 2**30))
     require_space(2 * 2**30, building)

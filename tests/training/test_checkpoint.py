@@ -207,7 +207,7 @@ def test_space_for_the_universal_form_is_checked_before_anything_is_written(copy
     newest = checkpoint.latest(load_config(copy_of_tiny("checkpoints")))
     before = sorted(newest.path.parent.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
-    message = "for resuming with another number of ranks: .* GB are needed, but only 0.00 GB are free"
+    message = "for resuming with another number of ranks: .* MB are needed, but only 0.10 KB are free"
     with pytest.raises(UserError, match=message):
         make_universal(newest.path)
     assert sorted(newest.path.parent.iterdir()) == before

@@ -115,10 +115,56 @@ def test_a_file_that_changes_after_a_worker_read_it_stops_training_without_a_tra
         return collate(samples)
 
     message = (
-        r"train: a shard of the training data cannot be read \(ValueError: shard\.\d+\.mds has changed: its sample"
+        r"train: a shard of the training data cannot be read \(ValueError: \S+/shard\.\d+\.mds has changed: its sample"
     )
     with pytest.raises(UserError, match=message):
         list(steps_of(tmp_path, tmp_path / "cache", 1, collate=change_files))
+
+
+@pytest.mark.parametrize("num_read", [3, 40], ids=["by a worker", "by the rank"])
+def test_a_shard_that_becomes_shorter_during_training_is_named_with_what_to_do(with_states, tmp_path, num_read):
+    """Reading past the end of a mapped file is a bus error, which would end the process without a message."""
+    folder, _ = with_states
+    shutil.copytree(folder / "shards", tmp_path / "shards")
+    collator = Collator(None, None, micro_batch_size=2, states=STATES)
+    seen = []
+
+    def shorten_files(samples):
+        batches = collator(samples)  # after a worker has read these samples, and before the rank reads their states
+        seen.extend(samples)
+        if len(seen) >= num_read:
+            for file in (tmp_path / "shards" / "train").glob("*.mds"):
+                os.truncate(file, 100)
+        return batches
+
+    message = (
+        r"ValueError: \S+/shard\.\d+\.mds has 100 bytes, but the index says [\d,]+\); restore the file, or your access "
+        rf"to it, and continue with --resume\. If there is no copy of it, remove {tmp_path}/shards/train and make the "
+        r"shards again with `deepspeed launcher/annotate\.py --config FILE`"
+    )
+    with pytest.raises(UserError, match=message):
+        list(steps_of(tmp_path, tmp_path / "cache", 1, collate=shorten_files))
+
+
+def test_a_worker_that_dies_of_a_shortened_shard_names_it(with_states, tmp_path):
+    """The file becomes shorter between the comparison of its size and the copy."""
+    folder, _ = with_states
+    shutil.copytree(folder / "shards", tmp_path / "shards")
+    collator = Collator(None, None, micro_batch_size=2, states=STATES)
+
+    def shorten_files(samples):
+        for file in (tmp_path / "shards" / "train").glob("*.mds"):
+            os.truncate(file, 100)
+        # A map of its own, because the files here are smaller than a page, whose rest reads as zeros.
+        mapped = np.memmap(tmp_path / "shards" / "train" / "shard.00000.mds", np.uint8, "r", shape=100)
+        os.truncate(tmp_path / "shards" / "train" / "shard.00000.mds", 0)
+        assert mapped[0] >= 0
+        return collator(samples)
+
+    with pytest.raises(
+        UserError, match=r"shard\.00000\.mds has 0 bytes, but the index says [\d,]+\); restore the file"
+    ):
+        list(steps_of(tmp_path, tmp_path / "cache", 1, collate=shorten_files))
 
 
 def test_shards_that_are_not_packed_are_copied_only_to_a_cache_that_the_config_names(with_states, tmp_path):
@@ -184,8 +230,11 @@ def test_a_changed_byte_of_stored_states_stops_training_and_names_the_shard(with
     steps = load_steps(
         config, SCHEDULE, Collator(None, None, micro_batch_size=2), tmp_path / "c", ONE_RANK, start_step=0
     )
-    message = r"cannot be read \(ValueError: shard\.00001\.mds has changed: its sample \d+ is not what the index says\)"
-    with pytest.raises(UserError, match=rf"{message}; restore the file"):
+    message = (
+        r"cannot be read \(ValueError: \S+/shard\.00001\.mds has changed: its sample \d+ is not what the index says\)"
+    )
+    again = "has the same files, and `dskd inspect" if remote else "and make the shards again with `deepspeed"
+    with pytest.raises(UserError, match=rf"{message}; restore the file.* {work}/shards/train {again}"):
         list(steps)
 
 

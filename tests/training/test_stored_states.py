@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 import yaml
 from artifact_folders import update_manifest
 from config_files import write_config
-from rank_processes import run_program
+from rank_processes import finish, run_program, start_ranks, wait_for_checkpoint
 from safetensors.torch import load_file
 from stages import build_sequences_of
 from tiny_work import BEFORE_TRAINING, NO_RUNS, TINY, copy_work
@@ -28,7 +29,7 @@ from dskd.tracking import read_history, read_runs
 from dskd.training import checkpoint, inputs
 from dskd.training.exporting.export import build_export
 from dskd.training.status import report_status
-from dskd.training.teacher_source import TeacherSource
+from dskd.training.teacher_source import TeacherSource, as_annotated
 from dskd.training.train import train
 
 pytestmark = pytest.mark.slow
@@ -324,6 +325,38 @@ def test_a_teacher_is_loaded_if_the_shards_have_none_of_its_states(copy_of_tiny)
         assert source.describe(config).startswith(line)
     with pytest.raises(UserError, match=r"annotation\.store names teacher_states, but these shards .* make them again"):
         inputs.load_inputs(load_config(path, ["teacher.mode=cached", last, "annotation.teacher_top_n=0"]))
+    with pytest.raises(UserError, match=r"teacher_top_n: 0, but .* holds the teacher's 4 most probable tokens"):
+        inputs.load_inputs(load_config(path, ["teacher.mode=cached", "annotation.teacher_top_n=0"]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_that_become_shorter_end_training_like_a_mistake_and_are_named(copy_of_stored, workers):
+    path = copy_of_stored(train={**SETTINGS, "num_workers": workers, "steps": 3000, "checkpoint_every": 2})
+    config = load_config(path)
+    ranks = start_ranks("train.py", path, ranks=2)
+    wait_for_checkpoint(config)
+    for file in config.path("shards", "train").glob("*.mds"):
+        os.truncate(file, 4096)
+    ended = finish(ranks, check=False)
+    assert ended.exit_code == 2, ended.output
+    assert re.search(r"error: .*/shard\.\d+\.mds has 4,096 bytes, but the index says", ended.output), ended.output
+    assert "Traceback" not in ended.output
+    assert "/dev/shm" not in ended.output
+
+
+def test_cached_reads_whatever_the_shards_have(stored, world):
+    """The config names no states, as that of a colleague who uses shards that exist."""
+    config = load_config(stored, ["teacher.mode=cached", WITHOUT_STATES, "loss.hidden_weight=2"])
+    source = inputs.load_inputs(config).source
+    assert (source.kind, source.reads_trunk) == ("states", True)
+    planned = as_annotated(config, inputs.load_inputs(config).shards)
+    assert planned.annotation.store == ("teacher_states", "trunk_states")
+    assert TeacherSource.planned(planned).kind == "states"
+    with pytest.raises(UserError, match=r"teacher_top_n: 4, but .* holds teacher_states, .*; set it to 0"):
+        inputs.load_inputs(load_config(stored, ["teacher.mode=cached", WITHOUT_STATES, "annotation.teacher_top_n=4"]))
+    # Annotation would make them again, without states.
+    with pytest.raises(UserError, match="hidden_weight needs the teacher's states, which"):
+        annotate(config, world)
 
 
 @pytest.mark.parametrize(

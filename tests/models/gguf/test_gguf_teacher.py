@@ -196,7 +196,7 @@ def test_too_little_space_is_refused_before_the_tensors_are_read(tmp_path, monke
     path = write_gguf(tmp_path / "model.gguf").path
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage._replace(free=1000))
-    assert_refused(path, "GB are needed, but only 0.00 GB are free")
+    assert_refused(path, "MB are needed, but only 0.98 KB are free")
 
 
 @pytest.mark.slow
