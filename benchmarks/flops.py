@@ -36,7 +36,12 @@ class Shape:
 
 
 def step_flops(
-    shape: Shape, *, shared_trunk: bool, stored_states: bool = False, causal: bool = True
+    shape: Shape,
+    *,
+    shared_trunk: bool,
+    stored_states: bool = False,
+    causal: bool = True,
+    position_share: float = 1.0,
 ) -> dict[str, float]:
     """Returns the FLOPs of a training step for one token, by part.
 
@@ -47,6 +52,7 @@ def step_flops(
         stored_states: whether the teacher's states are read from the shards. No layer of the teacher runs then, but
             the head still computes its logits from them.
         causal: whether the causal mask halves the products of attention.
+        position_share: the share of the positions at which the head computes.
     """
     layer = shape.layer_flops(causal=causal)
     return {
@@ -54,5 +60,5 @@ def step_flops(
         "student_layers": (shape.trained_layers if shared_trunk else shape.student_layers) * layer,
         "backward_layers": shape.trained_layers * 2 * layer,
         # The student's logits, the gradient of its states through the frozen matrix, and the teacher's logits.
-        "head": 3 * shape.head_flops,
+        "head": position_share * 3 * shape.head_flops,
     }

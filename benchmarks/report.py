@@ -139,7 +139,7 @@ def take_turns(
     """Returns the seconds of each variant in each round; with `time.process_time` as `clock`, those of the processor.
 
     Every variant runs once in each round, in reverse order in every second round. The first `warm_up` rounds are not
-    counted.
+    counted. `clock` returns seconds.
     """
     device = device or default_device()
     seconds: dict[str, list[float]] = {name: [] for name in variants}

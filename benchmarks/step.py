@@ -10,6 +10,7 @@ Measurements. All but the last have their control in the same process, and both 
     sense  the step with the sense loss against the same step without it (loss.sense_weight=0)
     trunk  student.shared_trunk on against off, with the ratio that the FLOPs of both predict
     states the step that reads stored states from the shards against the step that runs the teacher; needs --states
+    share  the step from stored states at 35 % of the positions (loss.position_share) against all; needs --states
     small  tokens per second of steps of one sequence against those of the preset's batch
     use    tokens per second, FLOPs utilisation (the model's FLOPs, see benchmarks/flops.py, against a matrix product
            of the same type measured before and after) and the share of a step spent waiting for data; it runs alone, so
@@ -19,7 +20,7 @@ Measurements. All but the last have their control in the same process, and both 
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,11 +43,12 @@ from dskd.models.precision import compute_dtype
 
 _MATRIX = {"cpu": 1024, "cuda": 8192}
 _USES = {"use": "", "use-states": "teacher.mode=cached"}
-_NEED_STATES = ("states", "use-states")
+_NEED_STATES = ("states", "share", "use-states")
 _PAIRS = {
     "sense": ("loss.sense_weight=1", "loss.sense_weight=0"),
     "trunk": ("student.shared_trunk='on'", "student.shared_trunk='off'"),  # without quotes YAML reads true or false
     "states": ("teacher.mode=cached", "teacher.mode=resident"),
+    "share": ("teacher.mode=cached loss.position_share=0.35", "teacher.mode=cached"),
     "small": ("train.global_batch_size=1 train.micro_batch_size=1", ""),
 }
 
@@ -57,6 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=names, nargs="+", help="default: sense, trunk, use, and states with --states")
     parser.add_argument("--rounds", type=int, default=15, help="measured steps of each variant")
     parser.add_argument("--warm-up", type=int, default=2, help="steps of each variant before the measured ones")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="time the pairs by the seconds of this process on a core, for a machine with other work; the loader's "
+        "workers count only with train.num_workers=0",
+    )
     parser.add_argument(
         "--profile",
         action="store_true",
@@ -80,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         teacher = load_teacher(config, world)
         for name in (pair for pair in _PAIRS if pair in args.only):
             variants = {keys: read_config(path, args.overrides, *keys.split()) for keys in _PAIRS[name]}
-            results[name] = _pair(variants, teacher, world, args.rounds, args.warm_up)
+            clock = time.process_time if args.cpu_time else time.perf_counter
+            results[name] = _pair(variants, teacher, world, args.rounds, args.warm_up, clock)
             rows += _pair_rows(name, results[name])
         for name in (use for use in _USES if use in args.only):
             used = read_config(path, args.overrides, *_USES[name].split())
@@ -91,10 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     publish(args, "benchmarks.step", ("", "figure", "goal"), rows, results, at_start)
 
 
-def _pair(variants: dict[str, Config], teacher: Any, world: World, rounds: int, warm_up: int) -> dict[str, Any]:
+def _pair(
+    variants: dict[str, Config], teacher: Any, world: World, rounds: int, warm_up: int, clock: Callable[[], float]
+) -> dict[str, Any]:
     trainings = {name: OurTraining(config, world, teacher=teacher) for name, config in variants.items()}
     numerator, denominator = trainings
-    seconds = take_turns({name: t.step for name, t in trainings.items()}, rounds=rounds, warm_up=warm_up)
+    steps = {name: training.step for name, training in trainings.items()}
+    seconds = take_turns(steps, rounds=rounds, warm_up=warm_up, clock=clock)
     per_token = {
         name: [value / trainings[name].tokens_per_step for value in values] for name, values in seconds.items()
     }
@@ -113,6 +125,7 @@ def _pair_rows(name: str, result: dict[str, Any]) -> list[list[str]]:
         "sense": "<= 1.01 on a GPU, <= 1.05 on a CPU",
         "trunk": "what the FLOPs predict",
         "states": "<= 0.33 on a CPU at smollm2, <= 0.5 at small, <= 0.29 on a GPU at 8b",
+        "share": "what the FLOPs predict",
         "small": "<= 1.25",
     }[name]
     numerator, denominator = _PAIRS[name]
@@ -175,7 +188,12 @@ def _use_rows(result: dict[str, Any], where: str) -> list[list[str]]:
 
 def _flops(config: Config) -> dict[str, float]:
     is_cached = config.teacher.mode == "cached"
-    return step_flops(shape_of(config), shared_trunk=shares_trunk(config), stored_states=is_cached)
+    return step_flops(
+        shape_of(config),
+        shared_trunk=shares_trunk(config),
+        stored_states=is_cached,
+        position_share=config.loss.position_share,
+    )
 
 
 def shares_trunk(config: Config) -> bool:

@@ -161,14 +161,11 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str], teacher: F
             part.stage, lambda: part.are_current(config, names, teacher()), ranks("evaluate.py", *option, *names)
         )
 
-    stages = [
-        stage(kinds.LEXICON, lambda: lexicon.recipe(config), lambda: lexicon.build_lexicon(config)),
-        stage(kinds.CORPUS, lambda: corpus.recipe(config, teacher), lambda: corpus.build_corpus(config, teacher)),
-        stage(kinds.SEQUENCES, lambda: sequences.recipe(config, teacher().tokenizer_digest), build_sequences),
-        Stage(kinds.STUDENT.name, student_is_current, lambda: student.build_student(config, teacher())),
-        Stage(kinds.SENSES.name, senses_are_current, ranks("build_senses.py")),
-        Stage(kinds.SHARDS.name, shards_are_current, ranks("annotate.py")),
-    ]
+    from_gguf, written, from_scratch = [], [], []
+    if config.teacher.is_gguf:
+        from_gguf = [
+            stage(kinds.TEACHER, lambda: gguf_teacher.recipe(config), lambda: gguf_teacher.build_teacher(config))
+        ]
     if config.corpus.source == "teacher":
         if config.corpus.server is None:
             write = ranks("write_texts.py")
@@ -177,15 +174,21 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str], teacher: F
             def write() -> None:
                 writing.write_texts(config, World(0, 1, 0, torch.device("cpu")))
 
-        stages.insert(1, stage(kinds.WRITTEN, lambda: writing.recipe(config, teacher()), write))
+        written = [stage(kinds.WRITTEN, lambda: writing.recipe(config, teacher()), write)]
     if config.teacher.train_from_scratch is not None:
         make, build = teacher_from_scratch.recipe, teacher_from_scratch.build_teacher
-        stages.insert(2, stage(kinds.TEACHER, lambda: make(config), lambda: build(config)))  # from the corpus
-    if config.teacher.is_gguf:
-        from_gguf = stage(
-            kinds.TEACHER, lambda: gguf_teacher.recipe(config), lambda: gguf_teacher.build_teacher(config)
-        )
-        stages.insert(0, from_gguf)  # first, so that a file that does not fit is refused before the corpus is read
+        from_scratch = [stage(kinds.TEACHER, lambda: make(config), lambda: build(config))]
+    stages = [
+        *from_gguf,  # first, so that a file that does not fit is refused before the corpus is read
+        stage(kinds.LEXICON, lambda: lexicon.recipe(config), lambda: lexicon.build_lexicon(config)),
+        *written,
+        stage(kinds.CORPUS, lambda: corpus.recipe(config, teacher), lambda: corpus.build_corpus(config, teacher)),
+        *from_scratch,  # trained on the corpus
+        stage(kinds.SEQUENCES, lambda: sequences.recipe(config, teacher().tokenizer_digest), build_sequences),
+        Stage(kinds.STUDENT.name, student_is_current, lambda: student.build_student(config, teacher())),
+        Stage(kinds.SENSES.name, senses_are_current, ranks("build_senses.py")),
+        Stage(kinds.SHARDS.name, shards_are_current, ranks("annotate.py")),
+    ]
     for name in config.run_names:
         run_config = load_config(path, [*overrides, run_override(name)])
         run_config.require_stored()

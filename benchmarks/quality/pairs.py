@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from benchmarks.quality.teacher import Student, Teacher
 from dskd.errors import UserError
+from dskd.evaluation.lexical.scores import roc_auc
 
 _FRAMES = ("The opposite of {} is", "Another word for {} is")
 _STATE_FRAME = "The word is {}"
@@ -125,15 +126,15 @@ class Pairs:
         new = self.are_new
         of_new = (
             {
-                "opposites_new": area_under_curve(by_words.cpu()[new], self.are_antonyms[new]),
+                "opposites_new": _area(by_words.cpu()[new], self.are_antonyms[new]),
                 "opposites_new_n": int(new.sum()),
             }
             if self._has_new
             else {}
         )
         return of_new | {
-            "opposites": area_under_curve(by_words, self.are_antonyms),
-            "opposites_states": area_under_curve(1 - F.cosine_similarity(one, other), self.are_antonyms),
+            "opposites": _area(by_words, self.are_antonyms),
+            "opposites_states": _area(1 - F.cosine_similarity(one, other), self.are_antonyms),
             "opposites_n": len(self.words),
         }
 
@@ -148,10 +149,5 @@ class Pairs:
         return torch.ones(length, length, dtype=torch.bool).tril().expand(len(at), 1, -1, -1)
 
 
-def area_under_curve(scores: torch.Tensor, is_positive: torch.Tensor) -> float:
-    """Returns the probability that a positive has a higher score than a negative; ties count half."""
-    from scipy import stats
-
-    positives, negatives = scores[is_positive], scores[~is_positive]
-    found = stats.mannwhitneyu(positives.cpu().numpy(), negatives.cpu().numpy())
-    return float(found.statistic) / (len(positives) * len(negatives))
+def _area(scores: torch.Tensor, is_positive: torch.Tensor) -> float:
+    return roc_auc(scores.cpu().numpy(), is_positive.cpu().numpy())

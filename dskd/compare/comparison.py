@@ -8,7 +8,7 @@ from dskd.compare.choosing import Chosen, Selection, choose_runs
 from dskd.compare.continuations import Continuations, read_continuations
 from dskd.compare.group_tests import Test, test_groups
 from dskd.compare.groups import Group, config_differences, group_runs
-from dskd.compare.metrics import EVALUATED, TERMS, Best, History, read_metrics
+from dskd.compare.metrics import CURVES, EVALUATED, Best, History, read_metrics
 from dskd.compare.results import Results, read_results
 from dskd.config import Config
 from dskd.errors import UserError
@@ -42,7 +42,7 @@ class Comparison:
     def metrics(self, prefix: str) -> list[str]:
         """Returns the metrics of any run that begin with `prefix`, in a fixed order."""
         metrics = [metric for metric in self.final if metric.startswith(prefix)]
-        return sorted(metrics, key=lambda name: (TERMS.index(name) if name in TERMS else len(TERMS), name))
+        return sorted(metrics, key=lambda name: (CURVES.index(name) if name in CURVES else len(CURVES), name))
 
     @property
     def references(self) -> dict[str, dict[str, float]]:

@@ -13,7 +13,7 @@ from dskd.tracking import TrackedRun, read_histories
 EVALUATED, TRAINED, COVERAGE = "eval/", "train/", "coverage/"
 SPEEDS = ("speed/tokens_per_s", "speed/step_s")
 COST = "cost/device_hours"
-TERMS = tuple(terms.curve_titles())  # shown first, in this order
+CURVES = tuple(terms.curve_titles())  # shown first, in this order
 # Metrics of training that are not terms of the loss: smaller is not better, and the last value tells nothing.
 _NOT_LOSSES = (
     *("train/grad_norm", "train/learning_rate"),

@@ -16,7 +16,7 @@ from dskd.artifacts.files import save_figure
 from dskd.compare import wording
 from dskd.compare.comparison import Comparison
 from dskd.compare.group_tests import Test
-from dskd.compare.metrics import EVALUATED, TERMS, History
+from dskd.compare.metrics import CURVES, EVALUATED, History
 
 _SMOOTHING = 0.9  # decay of the exponential mean that is drawn over the raw curve
 _PIXELS_AN_INCH = 93  # on a screen; with it, three panels fill the page
@@ -183,7 +183,7 @@ def _differences(tests: Sequence[Test], comparison: Comparison) -> Figure:
 
 
 def _drawn_curves(comparison: Comparison) -> list[str]:
-    return [metric for metric in TERMS if any(comparison.histories.get(metric, {}).values())]
+    return [metric for metric in CURVES if any(comparison.histories.get(metric, {}).values())]
 
 
 def paint(number: int) -> tuple[str, str]:

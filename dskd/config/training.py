@@ -21,8 +21,8 @@ class LossConfig(Section):
     h and t are the last hidden states of student and teacher, D is their width, T is `temperature`, and KL is the
     divergence that `divergence` names. If the student has another width, L_sense and |h-t|²/D have W h instead of h,
     with a trained matrix W, and D is the teacher's. All terms except L_sense are means over the positions with a
-    target; CE and KL are weighted means, Σ w_i x_i / Σ w_i, with w_i = `lexical_weight` if the target has a synonym or
-    antonym, and 1 otherwise.
+    target, or in each step over a random share of these (`position_share`); CE and KL are weighted means,
+    Σ w_i x_i / Σ w_i, with w_i = `lexical_weight` if the target has a synonym or antonym, and 1 otherwise.
 
     L_sense in the form `distance` is the paper's. In the form `distribution` it is the mean of
     KL(p_teacher || p_student) over the positions that the paper's form draws, each counted once. p is the softmax of
@@ -44,6 +44,13 @@ class LossConfig(Section):
         gt=0,
         description="weight in CE and KL, which stay means, of positions whose target has a synonym or antonym: a "
         "control for what a sense loss gains",
+    )
+    position_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the positions with a target, drawn at random in each step, at which CE, KL and the "
+        "hidden-state distance are computed; 1: at all, as in the paper",
     )
     sense_weight: float = Field(1.0, ge=0, description="lambda, weight of the sense loss; 0 is plain distillation")
     sense_form: Literal["distance", "distribution"] = Field(
@@ -96,6 +103,11 @@ class LossConfig(Section):
             yield "loss.sense_random_candidates needs random in loss.sense_candidates; add it, or remove the key"
         if self.lexical_weight != 1 and not (self.ce_weight or self.kd_weight):
             yield "loss.lexical_weight applies to CE and KL, whose weights are 0; remove it, or set one of them"
+        if self.position_share != 1 and not (self.ce_weight or self.kd_weight or self.hidden_weight):
+            yield (
+                "loss.position_share applies to CE, KL and the hidden-state distance, whose weights are 0; remove it, "
+                "or set one of them"
+            )
 
     @property
     def compares_sense_distributions(self) -> bool:

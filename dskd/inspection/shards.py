@@ -15,9 +15,9 @@ from dskd.artifacts.manifest import Manifest, read_manifest
 from dskd.artifacts.mds import HASH_OF_SAMPLES, INDEX, files_of, read_index
 from dskd.config import Config
 from dskd.console import gigabytes, progress_bar
+from dskd.corpus.build import SPLITS
 from dskd.errors import UserError
 
-SPLITS = ("train", "validation")
 _PIECE = 2**24  # bytes read at a time
 _MOST_LINES = 20  # of changed samples in a message
 

@@ -138,7 +138,7 @@ class DistillationHead(nn.Module):
         assert loss_mask is not None and normalizers is not None
         flat = hidden.flatten(0, 1)
         # Take only the positions that count, so that no matrix product is spent on padding.
-        valid = loss_mask.flatten().nonzero().squeeze(-1)
+        valid = self.positions(loss_mask)
         teacher_states = None if teacher_hidden is None else teacher_hidden.flatten(0, 1)[valid]
         cache = None
         if teacher_cache is not None:
@@ -164,6 +164,10 @@ class DistillationHead(nn.Module):
         loss = _GivenGradients.apply(total, *gradients, flat, flat_mapped, self.weight)
         assert sums.keys() <= set(SUMS)
         return loss, torch.stack([sums.get(name, total.new_zeros(())) for name in SUMS]).float()
+
+    def positions(self, loss_mask: torch.Tensor) -> torch.Tensor:
+        """Returns the indices into B·T of the positions that count."""
+        return loss_mask.flatten().nonzero().squeeze(-1)
 
     def _sums_and_gradients(
         self,

@@ -8,6 +8,7 @@ GPU tensors without a GPU.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,7 @@ class Batch:
     kappa: int
     teacher_top_n: int  # tokens per position of a cached teacher, otherwise 0
     state_columns: tuple[str, ...] = ()  # columns of states that the loader reads from the shards
+    draws_targets: bool = False  # CE, KL and hidden-state distance are computed at a share of the positions
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def student_activations(
             shape = batch.size, batch.length
             with live.uncounted():  # dskd.plan.memory counts the loader's batches
                 loaded = loaded_tensors(batch, hidden_size, dtype)
+                loaded.pop("drawn_targets", None)  # `_HeadOfOneChunk` knows how many can be drawn
                 # If the device holds all rows of the dictionary, one of them represents all.
                 if "senses" in loaded:
                     loaded["senses"].setdefault("sense_rows", torch.empty(1, hidden_size, dtype=torch.bfloat16))
@@ -152,8 +155,13 @@ def student_activations(
 class _HeadOfOneChunk(DistillationHead):
     """A head that computes its first chunk, at whose end all is freed that it allocated.
 
-    The others need as much memory, or less if they are smaller, so they change no peak.
+    The others need as much memory, or less if they are smaller, so they change no peak. As many positions count as can
+    at most: all of the mask's, or the most that can be drawn of these.
     """
+
+    def positions(self, loss_mask: torch.Tensor) -> torch.Tensor:
+        """Returns indices of as many positions."""
+        return super().positions(loss_mask[:, : math.ceil(self.loss.position_share * loss_mask.shape[1])])
 
     def chunks(self, count: int) -> list[slice]:
         """Returns the first chunk."""
@@ -187,6 +195,8 @@ def loaded_tensors(batch: Batch, hidden_size: int, dtype: torch.dtype) -> dict[s
         "labels": torch.zeros(shape, dtype=torch.int64),
         "loss_mask": torch.ones(shape, dtype=torch.bool),
     }
+    if batch.draws_targets:
+        loaded["drawn_targets"] = torch.ones(shape, dtype=torch.bool)
     if batch.is_packed:
         loaded["position_ids"] = torch.zeros(shape, dtype=torch.int64)
     if positions:

@@ -87,6 +87,7 @@ def batch_of(config: Config, micro_batch_size: int, *, relations: float, trunk: 
         kappa,
         config.annotation.teacher_top_n if TeacherSource.planned(config).kind == "top_n" else 0,
         columns_read(config, trunk),
+        loss.position_share < 1,
     )
 
 

@@ -149,9 +149,11 @@ def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes,
         * with_teacher,
         "student_layers": sum(2 * matrices + attention for matrices, _ in of_student.values()),
         "backward_layers": backward + recomputed,
-        # Products with the output matrix: the student's logits, the gradients of its states, the gradient of the matrix
-        # if it is trained, and the teacher's logits if the loss reads them; and the same products with the width map.
-        "head": (2 + student.trains_head) * head + reads_logits * head_of_teacher + 3 * of_map,
+        # Products with the output matrix at the positions that are drawn: the student's logits, the gradients of its
+        # states, the gradient of the matrix if it is trained, and the teacher's logits if the loss reads them. And
+        # products with the width map, at all positions.
+        "head": config.loss.position_share * ((2 + student.trains_head) * head + reads_logits * head_of_teacher)
+        + 3 * of_map,
     }
 
 

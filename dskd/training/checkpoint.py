@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dskd.artifacts import kinds
 from dskd.artifacts.kinds import checkpoint_folder
@@ -129,13 +130,23 @@ def is_finished(config: Config, recipe: Recipe) -> bool:
 def changes_since(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     """Lists the differences between the run of a checkpoint and the one that `recipe` describes; empty if none."""
     before = checkpoint.manifest
-    changes = [f"{key}: {old!r} then, {new!r} now" for key, old, new in differences(before.config, recipe.config)]
+    changes = [
+        f"{key}: {_or_default(key, old)!r} then, {_or_default(key, new)!r} now"
+        for key, old, new in differences(before.config, recipe.config)
+    ]
     changes += [
         f"{name}: changed (digest {before.inputs.get(name, 'none')[:12]}… then, {digest[:12]}… now)"
         for name, digest in recipe.inputs.items()
         if before.inputs.get(name) != digest
     ]
     return changes
+
+
+def _or_default(key: str, value: Any) -> Any:
+    """Returns the value or, if a recipe lacks the key of a section, the key's default."""
+    section, _, name = key.partition(".")
+    field = Config.model_fields.get(section)
+    return value if value is not None or field is None else getattr(field.default, name, None)
 
 
 def require_same_run(checkpoint: Checkpoint, recipe: Recipe, config: Config) -> None:

@@ -19,7 +19,7 @@ from dskd.shards.batches import collate_tokens, used_rows
 from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS, TEACHER_COLUMNS
 from dskd.training.distribution_candidates import CandidateRows
 from dskd.training.packed_step import RowsInFiles, RowsOfDictionary
-from dskd.training.positions import SensePositions, is_lexical
+from dskd.training.positions import SensePositions, TargetPositions, is_lexical
 
 _LENGTH_MULTIPLE = 8  # of a micro-batch's length: tensor cores are fastest on multiples of 8
 
@@ -37,6 +37,7 @@ class Collator:
         *,
         micro_batch_size: int,
         candidates: CandidateRows | None = None,
+        targets: TargetPositions | None = None,
         lexical: bool = False,
         teacher_cache: bool = False,
         states: Mapping[str, torch.dtype] | None = None,
@@ -50,6 +51,7 @@ class Collator:
             micro_batch_size: samples per micro-batch.
             candidates: rule for the rows over which teacher and student are compared; None for the distance form,
                 which uses the student's distances to rows.
+            targets: rule for which positions get CE, KL and hidden-state distance; None if all with a target do.
             lexical: add a mask of the targets that have a synonym or antonym.
             teacher_cache: add the teacher's stored distributions.
             states: {column of the teacher's stored states to add: its type}.
@@ -58,6 +60,7 @@ class Collator:
         self._positions = positions
         self._micro_batch_size = micro_batch_size
         self._candidates = candidates
+        self._targets = targets
         self._lexical = lexical
         self._teacher_cache = teacher_cache
         self._states = states or {}
@@ -72,6 +75,8 @@ class Collator:
         :func:`dskd.losses.sense_distribution.sense_divergence`, with positions into B·T. `sense_rows` [R, D] is a
         :class:`dskd.training.packed_step.RowsOfDictionary`. Without `vectors_path`, it is not among them, and indices
         are row numbers of the dictionary.
+
+        `drawn_targets`: [B, T] bool, the positions with CE, KL and hidden-state distance.
 
         `lexical`: [B, T] bool.
 
@@ -88,7 +93,12 @@ class Collator:
         drawn = [] if self._positions is None else self._positions.draw_each(ordered)
         size = self._micro_batch_size
         parts = [slice(start, start + size) for start in range(0, len(ordered), size)]
-        return [self._collate(ordered[part], drawn[part]) for part in parts]
+        batches = [self._collate(ordered[part], drawn[part]) for part in parts]
+        if self._targets is not None:
+            targets = torch.from_numpy(self._targets.draw_each(ordered))
+            for batch, part in zip(batches, parts, strict=True):
+                batch["drawn_targets"] = targets[part, : batch["loss_mask"].shape[1]]
+        return batches
 
     def _collate(
         self, samples: Sequence[Mapping[str, Any]], drawn: Sequence[tuple[np.ndarray, np.ndarray]]

@@ -19,7 +19,7 @@ from dskd.students.copies import warn_of_old_copies
 from dskd.students.student import find_student, require_configured_student
 from dskd.training.collator import Collator
 from dskd.training.distribution_candidates import CandidateRows
-from dskd.training.positions import SensePositions
+from dskd.training.positions import SensePositions, TargetPositions
 from dskd.training.schedule import Schedule
 from dskd.training.sense_bank import load_bank
 from dskd.training.teacher_source import TeacherSource, require_fitting_states, require_states, source_of_fit
@@ -105,16 +105,19 @@ def build_collator(
             `inputs.source`.
     """
     loss, source = config.loss, source or inputs.source
-    positions = candidates = None
+    positions = candidates = targets = None
     if loss.sense_weight:
         positions = SensePositions.of(loss, derived_seed(config.seed, "train", "positions"))
     if loss.compares_sense_distributions:
         candidates = CandidateRows.of(loss, derived_seed(config.seed, "train", "candidates"), inputs.num_senses)
+    if loss.position_share < 1:
+        targets = TargetPositions(derived_seed(config.seed, "train", "targets"), loss.position_share)
     return Collator(
         None if _bank_on_device(config) else inputs.vectors_path,
         positions,
         micro_batch_size=schedule.micro_batch_size,
         candidates=candidates,
+        targets=targets,
         lexical=loss.lexical_weight != 1,
         teacher_cache=source.kind == "top_n",
         states=source.columns,
@@ -175,9 +178,12 @@ def recipe(config: Config, inputs: TrainingInputs | None = None) -> Recipe:
     inputs = inputs or load_inputs(config)
     train = {key: value for key, value in config.train.as_dict().items() if key not in _NOT_IN_RECIPE}
     train["learning_rate"] = config.train.peak_learning_rate  # set directly or computed from the batch size
+    loss = config.loss.as_dict()
+    if config.loss.position_share == 1:  # so that runs from before this key stay up to date
+        del loss["position_share"]
     student = {key: value for key, value in config.student.as_dict().items() if key.startswith("train_")}
     settings = {
-        "loss": config.loss.as_dict(),
+        "loss": loss,
         "train": train,
         "student": student,
         "seed": config.seed,

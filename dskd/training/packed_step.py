@@ -21,10 +21,11 @@ _ON_HOST = "sample_ids"  # stays in host memory: only messages need it
 class Counts(NamedTuple):
     """Numbers of positions of a step, by the terms they take part in."""
 
-    targets: int
+    targets: int  # with CE, KL and hidden-state distance: all with a target, or those that are drawn of them
     senses: int  # with a sense term
     relations: int  # with the relation term, included in `senses`; 0 in the distribution form
-    lexical: int  # targets with a synonym or antonym; 0 if the batches do not mark them
+    lexical: int  # of `targets`, those with a synonym or antonym; 0 if the batches do not mark them
+    tokens: int  # with a target
 
     @property
     def own(self) -> int:
@@ -253,15 +254,23 @@ def _states_to_read(rows: Mapping[str, RowsInFiles], places: Mapping[str, _Place
 
 def count_positions(micro_batches: Sequence[Mapping[str, Any]]) -> Counts:
     """Counts the positions of micro-batches."""
-    targets = senses = relations = lexical = 0
+    targets = senses = relations = lexical = tokens = 0
     for batch in micro_batches:
-        targets += int(batch["loss_mask"].sum())
+        mask = loss_positions(batch)
+        targets += int(mask.sum())
+        tokens += int(batch["loss_mask"].sum())
         sense_tensors = batch.get("senses", {})
         relations += len(sense_tensors.get("relation_positions", ()))
         senses += sum(len(sense_tensors.get(name, ())) for name in ("relation_positions", "own_positions", "positions"))
         if "lexical" in batch:
-            lexical += int((batch["lexical"] & batch["loss_mask"]).sum())
-    return Counts(targets, senses, relations, lexical)
+            lexical += int((batch["lexical"] & mask).sum())
+    return Counts(targets, senses, relations, lexical, tokens)
+
+
+def loss_positions(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Returns the positions [B, T] bool of a micro-batch at which CE, KL and hidden-state distance are computed."""
+    mask: torch.Tensor = batch.get("drawn_targets", batch["loss_mask"])
+    return mask
 
 
 def copy_ahead(steps: Iterable[PackedStep], copier: "CudaCopier") -> Iterator[PackedStep]:

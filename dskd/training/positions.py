@@ -1,4 +1,4 @@
-"""The choice of a sample's positions that get a sense term (docs/method.md, section 4)."""
+"""The choice of a sample's positions that get a term of the loss (docs/method.md, section 4)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from dskd.config import LossConfig
-from dskd.random_numbers import random_bits
+from dskd.random_numbers import random_bits, uniform
 from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS
 
 _RELATION_DRAW, _OWN_DRAW = 0, 1
+_NUMBER_DRAW, _TARGET_DRAW = 0, 1
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,53 @@ class SensePositions:
             for draw, of_draw in ((_RELATION_DRAW, lexical), (_OWN_DRAW, own))
         ]
         return list(zip(*columns, strict=True))
+
+
+@dataclass(frozen=True)
+class TargetPositions:
+    """The rule that selects the positions with CE, KL and hidden-state distance (`loss.position_share`).
+
+    It is a function of seed, epoch and sample alone.
+    """
+
+    seed: int
+    share: float
+
+    def draw_each(self, samples: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Returns a mask [S, T] bool of the positions that are drawn of S samples of equal length."""
+        counted = np.stack([sample["loss_mask"] for sample in samples]).astype(bool)
+        epochs, sample_ids = (
+            torch.tensor([int(sample[name]) for sample in samples]) for name in ("epoch", "sample_id")
+        )
+        return draw_share(counted, self.share, self.seed, epochs, sample_ids)
+
+
+def draw_share(counted: np.ndarray, share: float, seed: int, *of_samples: torch.Tensor) -> np.ndarray:
+    """Draws a share of the positions of each sample.
+
+    Of n positions, share · n are drawn, rounded up or down at random so that their expected number is share · n, and
+    each subset of that size is equally likely. So every position is drawn with the same probability, `share`, the mean
+    over drawn positions estimates that over all of them, and a step always has about the same number. No sample with
+    positions is left without any: of one with n < 1 / share, exactly one is drawn, with probability 1 / n each.
+
+    Args:
+        counted: [S, T] bool, the positions to draw from.
+        share: more than 0, at most 1.
+        seed: of the draw.
+        of_samples: coordinates of the draw, [S] int64 each, such as epoch and sample id: what is drawn of a sample
+            depends on the sample's own alone.
+
+    Returns:
+        A mask [S, T] bool.
+    """
+    up = uniform(seed, _NUMBER_DRAW, *of_samples).numpy()
+    numbers = np.maximum(np.floor(share * counted.sum(1) + up), 1).astype(int).tolist()
+    places = torch.arange(counted.shape[1])
+    priorities = random_bits(seed, _TARGET_DRAW, *(of_each.unsqueeze(-1) for of_each in of_samples), places).numpy()
+    drawn = np.zeros_like(counted)
+    for row, number in enumerate(numbers):
+        drawn[row, _lowest(np.flatnonzero(counted[row]), priorities[row], number)] = True
+    return drawn
 
 
 def _lowest(positions: np.ndarray, priorities: np.ndarray, count: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
 from dskd.losses.terms import SUMS, TERMS
-from dskd.training.packed_step import Counts, StepBatches
+from dskd.training.packed_step import Counts, StepBatches, loss_positions
 from dskd.training.pair import ModelPair
 
 
@@ -40,7 +40,7 @@ class StepResult:
 
     loss: float  # the weighted sum that was minimised
     terms: dict[str, float]  # the unweighted mean of each term over its positions
-    tokens: int  # target positions
+    tokens: int  # positions with a target
     grad_norm: float  # before clipping
     stop_requested: bool  # by any rank, before the step began
 
@@ -84,7 +84,7 @@ def train_step(
             student_inputs,
             batch.get("position_ids"),
             labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
+            loss_mask=loss_positions(batch),
             normalizers=normalizers,
             teacher_hidden=teacher_hidden,
             teacher_cache=batch.get("teacher_cache"),
@@ -112,7 +112,7 @@ def train_step(
         )
     # `_normalizers` scaled each micro-batch's loss up by this factor, because DeepSpeed divides gradients by it.
     mean_loss = total_loss / (world.world_size * len(micro_batches))
-    return StepResult(mean_loss, _means(sums, counts), counts.targets, grad_norm, stops > 0)
+    return StepResult(mean_loss, _means(sums, counts), counts.tokens, grad_norm, stops > 0)
 
 
 def _normalizers(counts: Counts, world: World, accumulation_steps: int) -> Normalizers:

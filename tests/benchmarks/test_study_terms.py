@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from benchmarks.quality.pairs import area_under_curve
 from benchmarks.quality.terms import lexical_divergence, synonym_targets
 from benchmarks.quality.text import similar_words
 
@@ -43,8 +42,3 @@ def test_similar_words_have_similar_counts_and_are_others():
     assert not (others == torch.arange(200)).any()
     assert (is_word[others] == is_word).all()
     assert ((others - torch.arange(200)).abs() < 128).all()
-
-
-def test_the_area_under_the_curve_counts_pairs():
-    scores, positive = torch.tensor([0.1, 0.4, 0.4, 0.9]), torch.tensor([False, True, False, True])
-    assert area_under_curve(scores, positive) == pytest.approx((1 + 0.5 + 1 + 1) / 4)

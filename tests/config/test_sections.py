@@ -186,6 +186,12 @@ def test_a_required_trunk_needs_its_states_if_training_reads_the_teachers(tmp_pa
         ),
         ({"sense_candidates": []}, ["loss.sense_candidates"]),
         ({"lexical_weight": 0.0}, ["loss.lexical_weight"]),
+        (
+            {"position_share": 0.5, "ce_weight": 0.0, "kd_weight": 0.0},
+            ["loss.position_share applies to CE, KL and the hidden-state distance"],
+        ),
+        ({"position_share": 0.0}, ["loss.position_share"]),
+        ({"position_share": 1.1}, ["loss.position_share"]),
     ],
 )
 def test_keys_of_the_loss_without_effect_are_refused(tmp_path, loss, messages):

@@ -13,13 +13,13 @@ from dskd.training.step import _means, _normalizers
 
 def test_every_mean_has_a_denominator_and_every_weight_is_a_key_of_the_config():
     for term in TERMS:
-        assert term.mean_over in SUMS or isinstance(getattr(Counts(8, 5, 3, 0), term.mean_over), int), term
+        assert term.mean_over in SUMS or isinstance(getattr(Counts(8, 5, 3, 0, 9), term.mean_over), int), term
         assert term.needs is None or term.needs in LossConfig.model_fields, term
 
 
 def test_a_minimised_term_is_divided_by_the_denominator_of_its_reported_mean():
     world = World(0, 2, 0, torch.device("cpu"))
-    counts = Counts(targets=8, senses=5, relations=3, lexical=0)
+    counts = Counts(targets=8, senses=5, relations=3, lexical=0, tokens=9)
     normalizers = _normalizers(counts, world, accumulation_steps=3)
     sums = dict.fromkeys(SUMS, 1.0)
     means = _means(sums, counts)
@@ -50,5 +50,5 @@ def test_curves_and_comparisons_show_the_loss_and_its_terms_under_the_same_label
         "train/hidden": "hidden-state distance",
     }
     assert curve_titles() == expected
-    assert {metric: wording.label(metric) for metric in metrics.TERMS} == expected
+    assert {metric: wording.label(metric) for metric in metrics.CURVES} == expected
     assert wording.label("train/sense_own") == "sense own"

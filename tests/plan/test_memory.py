@@ -158,6 +158,34 @@ def test_a_plan_of_one_chunk_has_the_peaks_of_all_chunks(tmp_path, monkeypatch, 
     assert found[0].loss > 0
 
 
+def test_a_share_of_the_positions_takes_less_memory_in_the_loss_alone(tmp_path):
+    """The states of student and teacher at the positions, and their gradient, are fewer; 16 positions by half are 8."""
+    found = []
+    for share in (1, 0.5):
+        config = config_of(tmp_path, f"loss.position_share={share}")
+        found.append(
+            student_activations.__wrapped__(
+                Architecture(json.dumps(LLAMA), "llama"),
+                (0, 1),
+                0,
+                config.student,
+                config.loss,
+                Batch(2, 16, True, 0, 0, 5, 0, draws_targets=share < 1),
+                torch.bfloat16,
+                sizes=HeadSizes(4, 4),
+                checkpointing=False,
+                with_teacher=True,
+                teacher_matrix=(LLAMA["vocab_size"], LLAMA["hidden_size"]),
+                has_copy=False,
+                teacher_transform=LogitTransform(),
+            )
+        )
+    every, half = found
+    assert (half.kept, half.forward) == (every.kept, every.forward)
+    of_states = 3 * 2 * 8 * LLAMA["hidden_size"] * 2  # of bf16
+    assert every.loss - half.loss == pytest.approx(of_states, rel=0.15)  # and a few numbers of each position
+
+
 def test_the_optimizer_takes_sixteen_bytes_for_each_trained_element(tmp_path):
     config = config_of(tmp_path, "precision=fp32")
     architecture = Architecture(json.dumps(LLAMA), "llama")

@@ -26,16 +26,18 @@ from dskd.shards import TEACHER_STATES, TRUNK_STATES
 from dskd.students.student import build_student
 
 
-@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize(("stored", "share"), [(False, 1.0), (True, 1.0), (True, 0.35)])
 @pytest.mark.parametrize("trunk", ["on", "off"])
-def test_flops_are_those_of_the_formula(tmp_path, trunk, stored):
+def test_flops_are_those_of_the_formula(tmp_path, trunk, stored, share):
     columns = [TEACHER_STATES, TRUNK_STATES][: 1 + (trunk == "on")] if stored else []
-    config = config_of(tmp_path, f"student.shared_trunk='{trunk}'", f"annotation.store={json.dumps(columns)}")
+    store = f"annotation.store={json.dumps(columns)}"
+    config = config_of(tmp_path, f"student.shared_trunk='{trunk}'", store, f"loss.position_share={share}")
     architecture = Architecture(json.dumps(LLAMA), "llama")
     student = plan_student(config, architecture)
     shape = Shape(120, 32, 48, 4, 2, teacher_layers=4, student_layers=3, trained_layers=2, sequence_length=16)
     flops = flops_per_token(config, architecture, teacher_shapes(architecture), student)
-    assert flops == step_flops(shape, shared_trunk=trunk == "on", stored_states=stored)
+    expected = step_flops(shape, shared_trunk=trunk == "on", stored_states=stored, position_share=share)
+    assert flops == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("tied", "products"), [(True, 4), (False, 3)])

@@ -4,7 +4,8 @@ from safetensors.torch import save_file
 from shard_samples import K, T, make_ragged, make_sample
 
 from dskd.training.collator import Collator
-from dskd.training.positions import SensePositions
+from dskd.training.packed_step import count_positions
+from dskd.training.positions import SensePositions, TargetPositions
 
 
 def _vectors(folder):
@@ -137,3 +138,26 @@ def test_position_ids_restart_at_each_document():
     samples[1]["document_starts"][[3, 4, 19]] = 1
     (batch,) = collate(samples)
     assert batch["position_ids"].tolist() == [list(range(T)), [0, 1, 2, 0, *range(15), 0]]
+
+
+def test_any_micro_batches_have_the_same_drawn_targets_and_senses_do_not_depend_on_them(tmp_path):
+    samples = make_ragged([9, 1, 20, 2, 18, 10, 17, 3])
+    rule, targets = SensePositions(1, 0.5, 3), TargetPositions(1, 0.4)
+    drawn = {sample["sample_id"]: targets.draw_each([sample])[0] for sample in samples}
+    with_target = sum(int(sample["loss_mask"].sum()) for sample in samples)
+    assert 0.3 < sum(map(sum, drawn.values())) / with_target < 0.5
+    for size in (1, 2, 8):
+        plain = Collator(_vectors(tmp_path), rule, micro_batch_size=size, lexical=True)(samples)
+        batches = Collator(_vectors(tmp_path), rule, micro_batch_size=size, lexical=True, targets=targets)(samples)
+        for batch, without in zip(batches, plain, strict=True):
+            length = batch["input_ids"].shape[1]
+            for row, sample_id in zip(batch["drawn_targets"].numpy(), batch["sample_ids"].tolist(), strict=True):
+                assert np.array_equal(row, drawn[sample_id][:length])
+                assert not drawn[sample_id][length:].any()
+            assert batch["loss_mask"].equal(without["loss_mask"])
+            assert all(batch["senses"][name].equal(without["senses"][name]) for name in ("own_positions", "own_rows"))
+        counts, whole = count_positions(batches), count_positions(plain)
+        assert counts.targets == sum(map(sum, drawn.values()))
+        assert counts.lexical < whole.lexical
+        assert counts[1:3] == whole[1:3]
+        assert counts.tokens == whole.tokens == whole.targets == with_target

@@ -142,7 +142,8 @@ def test_a_packed_step_unpacks_to_the_same_step(folder):
     ]
     batches[0]["senses"] |= {"relation_positions": torch.arange(3), "own_positions": torch.arange(2)}
     step = PackedStep.of(batches).unpack()
-    assert step.counts == (int(batches[0]["loss_mask"].sum()) + 3, 5, 3, 0)
+    targets = int(batches[0]["loss_mask"].sum()) + 3
+    assert step.counts == (targets, 5, 3, 0, targets)
 
     def same(one, other):
         if isinstance(one, dict):
@@ -171,7 +172,8 @@ def test_padding_is_never_counted(folder, tmp_path):
     samples = _samples(folder, tmp_path / "again")
     for step in steps_of(folder, tmp_path / "steps", 2, start_step=9):
         ids = [i for batch in step.micro_batches for i in batch["sample_ids"].tolist()]
-        assert step.counts == (sum(int(samples[i]["loss_mask"].sum()) for i in ids), 0, 0, 0)
+        targets = sum(int(samples[i]["loss_mask"].sum()) for i in ids)
+        assert step.counts == (targets, 0, 0, 0, targets)
         assert count_positions(step.micro_batches) == step.counts
 
 
@@ -242,7 +244,7 @@ def test_the_stream_that_uses_a_copy_waits_for_it_and_keeps_its_memory(monkeypat
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
     copier = CudaCopier(torch.device("cuda", 0))
-    started = copier.start(PackedStep(Buffer(), [], [], Counts(0, 0, 0, 0), [], 0))
+    started = copier.start(PackedStep(Buffer(), [], [], Counts(0, 0, 0, 0, 0), [], 0))
     assert calls == ["on side", "copy", "off side", "event on side"]
     calls.clear()
     copier.finish(started)

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from dskd.training import checkpoint
 from dskd.training.distribution_candidates import CandidateRows
 from dskd.training.exporting.export import build_export
 from dskd.training.inputs import load_inputs
-from dskd.training.positions import SensePositions
+from dskd.training.positions import SensePositions, TargetPositions
 from dskd.training.status import report_status
 from dskd.training.train import train
 
@@ -92,6 +93,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_in_the_same_tracked_run(t
             "kd_weight": 0.7,
             "temperature": 1.5,
             "lexical_weight": 1.4,
+            "position_share": 0.4,
             "hidden_weight": 2.0,
             "sense_weight": 0.8,
             "sense_form": "distribution",
@@ -121,14 +123,16 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
     for step in plain.steps():
         samples = [{**dataset[i], "sample_id": i} for batch in step.micro_batches for i in batch["sample_ids"].tolist()]
         lexical = [max(row) >= 0 for sample in samples for row in _rows(sample, "synonym_ids", "antonym_ids")]
-        weights = torch.where(torch.tensor(lexical)[step.has_target], loss.get("lexical_weight", 1.0), 1.0)
         assert 0 < sum(lexical) < len(lexical)
+        drawn = _drawn_targets(config, samples)
+        at_drawn = replace(step, has_target=drawn, labels=step.labels[drawn[step.has_target]])
+        weights = torch.where(torch.tensor(lexical)[drawn], loss.get("lexical_weight", 1.0), 1.0)
         weights = weights / weights.sum()
-        total = weights @ step.ce()
+        total = weights @ at_drawn.ce()
         if loss["kd_weight"]:
             temperature = loss["temperature"]
-            total = total + loss["kd_weight"] * temperature**2 * (weights @ step.kl(temperature))
-            total = total + loss["hidden_weight"] * step.hidden()
+            total = total + loss["kd_weight"] * temperature**2 * (weights @ at_drawn.kl(temperature))
+            total = total + loss["hidden_weight"] * at_drawn.hidden()
             divergences = _sense_divergences(config, step.number, samples, vectors, step.states, step.teacher_states)
             total = total + loss["sense_weight"] * torch.stack(divergences).mean()
         plain.minimise(total)
@@ -146,6 +150,17 @@ def test_training_is_what_a_plain_loop_with_transformers_and_torch_does(copy_of_
 def _rows(sample, *columns):
     """Returns the row numbers of each position, padded with -1."""
     return np.concatenate([sample[name] for name in columns], axis=-1).tolist()
+
+
+def _drawn_targets(config, samples):
+    """Returns where CE, KL and hidden-state distance are computed [B·T] bool."""
+    masks = torch.tensor(np.stack([sample["loss_mask"] for sample in samples])).bool()
+    if config.loss.position_share < 1:
+        rule = TargetPositions(derived_seed(config.seed, "train", "targets"), config.loss.position_share)
+        drawn = torch.stack([torch.from_numpy(rule.draw_each([{**sample, "epoch": 0}])[0]) for sample in samples])
+        assert 0.35 < drawn.sum() / masks.sum() < 0.45
+        return drawn.flatten()
+    return masks.flatten()
 
 
 def _sense_divergences(config, step, samples, vectors, states, target_states):

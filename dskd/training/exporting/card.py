@@ -256,7 +256,9 @@ def _loss(loss: Mapping[str, Any]) -> str:
         if term.weight is not None and loss[term.weight]
     ]
     weighted = "" if loss["lexical_weight"] == 1 else f"; words with relations weigh {loss['lexical_weight']:g}"
-    return f"{' + '.join(terms)}{weighted}"
+    share = loss.get("position_share", 1)
+    drawn = "" if share == 1 else f"; at {100 * share:g} % of the positions, drawn at random in each step"
+    return f"{' + '.join(terms)}{weighted}{drawn}"
 
 
 def _training(training: Mapping[str, Any], rounding: float | None) -> str:

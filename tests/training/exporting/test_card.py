@@ -99,6 +99,12 @@ def test_without_a_sense_loss_no_lexicon_is_named(tmp_path):
     assert "sense embeddings" not in text
 
 
+def test_the_card_names_the_share_of_positions_of_the_loss(tmp_path):
+    _, text = _card(tmp_path, _facts(loss={"position_share": 0.35}))
+    assert "; at 35 % of the positions, drawn at random in each step" in text
+    assert "drawn at random" not in _card(tmp_path, _facts())[1]
+
+
 def test_results_are_in_the_text_and_in_the_head(tmp_path):
     held_out = Result(
         "Held-out text",
