@@ -27,10 +27,12 @@ from dskd.config.data import TRUNK_STATES as TRUNK_STATES
 from dskd.config.data import AnnotationConfig, CorpusConfig, LexiconConfig, SensesConfig, WordNetConfig
 from dskd.config.evaluation import TASKS as TASKS
 from dskd.config.evaluation import EvaluationConfig, TasksConfig
+from dskd.config.models import TRUNK_IS_OFF as TRUNK_IS_OFF
 from dskd.config.models import FromScratchConfig as FromScratchConfig
 from dskd.config.models import NewStudentConfig as NewStudentConfig
 from dskd.config.models import Spacing as Spacing
 from dskd.config.models import StudentConfig, TeacherConfig
+from dskd.config.models import no_trunk_to_store as no_trunk_to_store
 from dskd.config.section import PathText, Section
 from dskd.config.training import LossConfig, PipelineConfig, TrackingConfig, TrainConfig
 from dskd.errors import UserError
@@ -141,10 +143,7 @@ class Config(Section):
         """
         store = self.annotation.store
         if TRUNK_STATES in store and (reason := self.student.why_no_trunk):
-            yield (
-                "annotation.store: trunk_states needs layers that teacher and student share, but there are none: "
-                f"{reason}; remove trunk_states from annotation.store, or change the section student"
-            )
+            yield no_trunk_to_store(reason)
         if (
             (self.student.shared_trunk == "on" and self.teacher.mode == "auto" and self.loss.needs_teacher)
             and TEACHER_STATES in store

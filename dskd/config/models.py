@@ -7,6 +7,16 @@ from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, mode
 
 from dskd.config.section import PathText, Section
 
+TRUNK_IS_OFF = "student.shared_trunk is off"
+
+
+def no_trunk_to_store(reason: str) -> str:
+    """Returns the message about `annotation.store` with trunk_states where there is no trunk because of `reason`."""
+    return (
+        "annotation.store: trunk_states needs layers that teacher and student share, but there are none: "
+        f"{reason}; remove trunk_states from annotation.store, or change the section student"
+    )
+
 
 class FromScratchConfig(Section):
     """A small Llama-architecture teacher, trained from scratch on the corpus, for use when no model is available."""
@@ -242,11 +252,9 @@ class StudentConfig(Section):
         if isinstance(self.layers, tuple) and list(self.layers) != (ascending := sorted(set(self.layers))):
             yield f"layers: expected different layers in ascending order, such as {ascending}, found {[*self.layers]}"
             kept = len(ascending)
-        if isinstance(trained, int) and trained > kept:
-            reason = "`layers` keeps" if self.origin == "cut" else "from_config.layers is"
-            yield f"train_layers: at most {kept} can be trained, because {reason} {kept}; found {trained}"
-        elif isinstance(trained, tuple) and (missing := sorted({layer for layer in trained if layer >= kept})):
-            yield f"train_layers: the student has layers 0 to {kept - 1}, so there is no {missing}"
+        reason = f"`layers` keeps {kept}" if self.origin == "cut" else f"from_config.layers is {kept}"
+        if (problem := self.why_not_trained(kept, reason)) is not None:
+            yield problem
 
     def _misplaced_keys(self) -> Iterator[str]:
         """Yields messages about keys that are for another student than the one that the others choose."""
@@ -274,15 +282,38 @@ class StudentConfig(Section):
         """The reason why teacher and student share no lowest layers, as far as these keys say; None if they may."""
         if self.origin != "cut":
             return f"student.{self.origin} is not cut from the teacher"
+        lowest = self.layers[0] if isinstance(self.layers, tuple) else 0
+        return self.why_no_trunk_above(lowest, self.num_layers, trains_embeddings=self.train_embeddings)
+
+    def why_no_trunk_above(self, lowest: int, count: int, *, trains_embeddings: bool) -> str | None:
+        """Returns why a student of `count` layers, cut from the teacher, shares no lowest layers with it; None if it
+        does.
+
+        Args:
+            lowest: the index of the teacher's layer that is the student's lowest.
+            count: the number of the student's layers.
+            trains_embeddings: True if its embeddings are trained, perhaps only because they are the output matrix.
+        """
         if self.shared_trunk == "off":
-            return "student.shared_trunk is off"
-        if self.train_embeddings:
+            return TRUNK_IS_OFF
+        if trains_embeddings:
             return "the student's embeddings are trained"
-        if isinstance(self.layers, tuple) and self.layers[:1] != (0,):
-            return f"the student's lowest layer is the teacher's layer {self.layers[0]}"
-        if self.trains(0, self.num_layers):
+        if lowest:
+            return f"the student's lowest layer is the teacher's layer {lowest}"
+        if self.trains(0, count):
             return "the student's lowest layer is trained"
-        return "the student has only one layer" if self.num_layers == 1 else None
+        return "the student has only one layer" if count == 1 else None
+
+    def why_not_trained(self, count: int, reason: str) -> str | None:
+        """Returns the message that `train_layers` selects layers which a student of `count` layers lacks; None if it
+        has them. `reason` says why there are `count`.
+        """
+        trained = self.train_layers
+        if isinstance(trained, int) and trained > count:
+            return f"train_layers: at most {count} can be trained, because {reason}; found {trained}"
+        if isinstance(trained, tuple) and (missing := sorted({layer for layer in trained if layer >= count})):
+            return f"train_layers: the student has layers 0 to {count - 1}, so there is no {missing}"
+        return None
 
     def trains(self, layer: int, count: int) -> bool:
         """Returns True if `train_layers` selects this layer of a student with `count` layers."""

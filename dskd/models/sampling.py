@@ -34,7 +34,7 @@ from dskd.models.weights import TensorReader
 from dskd.random_numbers import uniform
 
 _FIRST_TOKENS = 256  # that are looked at before all of the vocabulary is sorted
-ROOM = 2.0  # times the weights: keys and values, logits, and what else is in the memory
+_ROOM = 2.0  # times the weights: keys and values, logits, and what else is in the memory
 
 
 @dataclass(frozen=True)
@@ -141,14 +141,22 @@ def load_sampler(folder: ModelFolder, config: Config, world: World) -> Sampler:
 
 
 def _is_resident(folder: ModelFolder, config: Config, world: World, dtype: torch.dtype) -> bool:
-    if config.teacher.mode in ("resident", "zero3"):
-        return config.teacher.mode == "resident"
     if world.device.type == "cuda":
         free = torch.cuda.mem_get_info(world.device)[0]
     else:
         free = psutil.virtual_memory().available // world.world_size
-    needed = ROOM * TensorReader(folder.path).numel * dtype.itemsize
-    return not any_rank(needed > free, world)
+    weights = TensorReader(folder.path).numel * dtype.itemsize
+    return not any_rank(not is_whole(config, weights, free), world)
+
+
+def is_whole(config: Config, weights: int, memory: int) -> bool:
+    """Returns True if a rank with this memory holds all of the model that writes; all bytes.
+
+    `teacher.mode` decides it if it is resident or zero3; otherwise the model is whole if it fits.
+    """
+    if config.teacher.mode in ("resident", "zero3"):
+        return config.teacher.mode == "resident"
+    return _ROOM * weights <= memory
 
 
 class _Draw:

@@ -16,15 +16,9 @@ def trained_layers(student: StudentConfig, count: int) -> set[int]:
     Raises:
         UserError: if one does not exist.
     """
-    number = student.train_layers
-    if isinstance(number, int) and number > count:
-        raise UserError(
-            f"student.train_layers: at most {count} can be trained, because the student has {count} layers; found "
-            f"{number}; set it to {count} or less, or to all"
-        )
-    named = student.train_layers if isinstance(student.train_layers, tuple) else ()
-    if missing := sorted(layer for layer in named if layer >= count):
-        raise UserError(f"student.train_layers: the student has layers 0 to {count - 1}, so there is no {missing}")
+    if (problem := student.why_not_trained(count, f"the student has {count} layers")) is not None:
+        remedy = f"; set it to {count} or less, or to all" if isinstance(student.train_layers, int) else ""
+        raise UserError(f"student.{problem}{remedy}")
     return {layer for layer in range(count) if student.trains(layer, count)}
 
 

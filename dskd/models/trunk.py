@@ -17,6 +17,8 @@ from torch import nn
 
 from dskd.config import StudentConfig
 from dskd.errors import UserError
+from dskd.models.causal_lm import fits_without_lower_layers
+from dskd.models.folder import ModelFolder
 from dskd.models.layers import input_states
 from dskd.models.trained import trained_layers, trains_embeddings
 
@@ -46,17 +48,25 @@ def trunk_depth(
         raise TrunkError(no_source)
     if not same_teacher:
         raise TrunkError("the student was cut from another teacher; cut it again with `dskd student`")
-    if trains_embeddings(student, tied=tied):
-        raise TrunkError("the student's embeddings are trained")
     trained = trained_layers(student, len(kept))
+    problem = student.why_no_trunk_above(kept[0], len(kept), trains_embeddings=trains_embeddings(student, tied=tied))
+    if problem is not None:
+        raise TrunkError(problem)
     depth = 0
     # Leave the student at least one layer to run.
     while depth < len(kept) - 1 and kept[depth] == depth and depth not in trained:
         depth += 1
-    if not depth:
-        reason = "is trained" if kept[0] == 0 else f"is the teacher's layer {kept[0]}"
-        raise TrunkError(f"the student's lowest layer {reason}")
     return depth
+
+
+def require_same_shapes(folder: ModelFolder, depth: int) -> None:
+    """Checks that a model's layers from `depth` on can be built without those below, which would change their places.
+
+    Raises:
+        TrunkError: if they would have other shapes.
+    """
+    if not fits_without_lower_layers(folder, depth):
+        raise TrunkError("in this architecture a layer's shape depends on its place")
 
 
 def refuse_if_required(student: StudentConfig, problem: str) -> None:

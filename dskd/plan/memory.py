@@ -29,6 +29,7 @@ from dskd.shards.blocks import SAMPLES_PER_SHARD
 from dskd.training.checkpoint_writing import EXPORTED_BYTES
 from dskd.training.loader import COMPLETED_STEPS, PREFETCHED_STEPS
 from dskd.training.positions import SensePositions
+from dskd.training.sense_bank import bank_is_on_device
 from dskd.training.student import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, REDUCE_BUCKET
 from dskd.training.teacher_source import TeacherSource
 
@@ -77,13 +78,13 @@ def batch_of(config: Config, micro_batch_size: int, *, relations: float, trunk: 
     loss, kappa, length = config.loss, config.annotation.kappa, config.corpus.sequence_length
     lexical = min(length, round(relations * length))
     positions = SensePositions.of(loss, seed=0).number(lexical) * micro_batch_size if loss.sense_weight else 0
-    on_device = config.train.sense_bank == "device"
+    rows = 3 * positions * kappa  # synonyms, antonyms and own rows, if all are distinct
     return Batch(
         micro_batch_size,
         length,
         config.corpus.packing == "documents",
         positions,
-        0 if on_device else 3 * positions * kappa,  # synonyms, antonyms and own rows, if all are distinct
+        0 if bank_is_on_device(config) else rows,
         kappa,
         config.annotation.teacher_top_n if TeacherSource.planned(config).kind == "top_n" else 0,
         columns_read(config, trunk),
@@ -176,8 +177,7 @@ def compute_memory(
 
     # Batches: a GPU holds two copies of the loader's data for a step, and the whole bank of sense rows if it is there.
     senses, states, rest = (part * accumulation_steps for part in batch_bytes(batch, hidden_size, dtype))
-    is_on_device = config.train.sense_bank == "device" and config.loss.sense_weight
-    bank = bank_rows * hidden_size * VALUE_BYTES if is_on_device else 0
+    bank = bank_rows * hidden_size * VALUE_BYTES if bank_is_on_device(config) else 0
     on_gpu = cluster.device == "cuda"
     copies = 2 if on_gpu else 0  # of this step and the next; without a GPU they stay in the host's memory
     of_batches = {"senses": senses * copies + (bank if on_gpu else 0), "batches": (states + rest) * copies}

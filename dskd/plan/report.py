@@ -1,6 +1,6 @@
 """Formatting a plan as text."""
 
-from dskd.config import Config
+from dskd.config import TRUNK_IS_OFF, Config
 from dskd.console import table
 from dskd.plan import GB
 from dskd.plan.changes import Change, stored_states
@@ -115,7 +115,7 @@ def _headline(plan: Plan) -> str:
     trunk = (
         f"the lowest {student.trunk} are computed once, in {_trunk_place(config)}"
         if student.trunk
-        else f"the student computes all of them ({student.why_no_trunk or 'student.shared_trunk is off'})"
+        else f"the student computes all of them ({student.why_no_trunk or TRUNK_IS_OFF})"
     )
     if student.is_assumed:
         trunk += "; these are the layers of student.spacing: ends, until `dskd student` has measured others"

@@ -17,7 +17,8 @@ from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import Gathered
 from dskd.plan.running import experts_per_token
 from dskd.plan.shapes import Shapes, Student
-from dskd.plan.stored import columns_read, loads_teacher, reads_states
+from dskd.plan.stored import columns_read, loads_teacher
+from dskd.training.teacher_source import TeacherSource, reads_logits
 from dskd.training.width_map import has_width_map
 
 
@@ -143,7 +144,7 @@ def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes,
     head, head_of_teacher = (2.0 * each["hidden_size"] * each["vocab_size"] for each in (values_of_student, values))
     own, width = (each["hidden_size"] for each in (values_of_student, values))
     of_map = 2.0 * own * width * has_width_map(config.loss, own, width)
-    reads_logits = (with_teacher or reads_states(config)) and config.loss.kd_weight > 0
+    of_teacher_logits = head_of_teacher * reads_logits(TeacherSource.planned(config).kind, config.loss)
     return {
         "teacher_layers": sum(2 * matrices + attention_of_teacher for matrices, _ in of_teacher.values())
         * with_teacher,
@@ -152,8 +153,7 @@ def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes,
         # Products with the output matrix at the positions that are drawn: the student's logits, the gradients of its
         # states, the gradient of the matrix if it is trained, and the teacher's logits if the loss reads them. And
         # products with the width map, at all positions.
-        "head": config.loss.position_share * ((2 + student.trains_head) * head + reads_logits * head_of_teacher)
-        + 3 * of_map,
+        "head": config.loss.position_share * ((2 + student.trains_head) * head + of_teacher_logits) + 3 * of_map,
     }
 
 

@@ -19,7 +19,7 @@ from dskd.corpus.written.requests import find_senses
 from dskd.errors import UserError, first_line
 from dskd.lexicon.wordnet import needs_no_download, open_wordnet
 from dskd.models.folder import has_tokenizer, load_tokenizer
-from dskd.models.sampling import ROOM
+from dskd.models.sampling import is_whole
 from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.memory import RESERVED_ON_GPU, RESERVED_ON_HOST
@@ -63,7 +63,7 @@ def plan_writing(config: Config, cluster: Cluster, architecture: Architecture, t
     cache = 2 * architecture.key_value_width() * size * values["num_hidden_layers"]  # of a token
     read = numel * size + batch * cache * (_PROMPT_TOKENS + new / 2)
     # Seconds of a pass that writes one token of each text in the batch, by what they are spent on.
-    is_sharded = not _is_resident(config, cluster, numel * size)
+    is_sharded = not is_whole(config, numel * size, cluster.gpu_memory)
     others = (cluster.world_size - 1) / cluster.world_size
     flops = forward_flops(architecture, teacher, length)
     seconds = {
@@ -124,10 +124,3 @@ def _written_texts(config: Config) -> int | None:
     manifest = read_manifest(folder, kinds.WRITTEN.name, files_are_here=False)
     are_these = all(manifest.config.get(key) == corpus[key] for key in KEYS_OF_TEXTS)
     return int(manifest.facts["texts"]) if are_these else None
-
-
-def _is_resident(config: Config, cluster: Cluster, weights: int) -> bool:
-    """Returns True if every rank holds all of the teacher, as :func:`dskd.models.sampling.load_sampler` decides."""
-    if config.teacher.mode in ("resident", "zero3"):
-        return config.teacher.mode == "resident"
-    return ROOM * weights <= cluster.gpu_memory

@@ -18,17 +18,16 @@ import torch
 from dskd.artifacts.building import Building
 from dskd.artifacts.disk_space import require_disk_space
 from dskd.artifacts.files import make_folder
-from dskd.config import Config, StudentConfig
+from dskd.config import TRUNK_IS_OFF, Config, StudentConfig, no_trunk_to_store
 from dskd.console import gigabytes
 from dskd.corpus.sequences import Sequences, TokenBatch
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.models.causal_lm import fits_without_lower_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel
 from dskd.models.layers import recorded
 from dskd.models.precision import resolve_precision
-from dskd.models.trunk import TrunkError, trunk_depth
+from dskd.models.trunk import TrunkError, require_same_shapes, trunk_depth
 from dskd.shards.schema import (
     DTYPE_OF,
     LARGEST_SHARD,
@@ -91,14 +90,11 @@ def stored_trunk_depth(
     try:
         depth = trunk_depth(student, kept=kept, same_teacher=True, tied=tied)
         if not depth:
-            raise TrunkError("student.shared_trunk is off")
-        if teacher is not None and not fits_without_lower_layers(teacher, depth):
-            raise TrunkError("in this architecture a layer's shape depends on its place")
+            raise TrunkError(TRUNK_IS_OFF)
+        if teacher is not None:
+            require_same_shapes(teacher, depth)
     except TrunkError as problem:
-        raise UserError(
-            "annotation.store: trunk_states needs layers that teacher and student share, but there are none: "
-            f"{problem}; remove trunk_states from annotation.store, or change the section student"
-        ) from None
+        raise UserError(no_trunk_to_store(str(problem))) from None
     return depth
 
 

@@ -21,7 +21,7 @@ from dskd.training.collator import Collator
 from dskd.training.distribution_candidates import CandidateRows
 from dskd.training.positions import SensePositions, TargetPositions
 from dskd.training.schedule import Schedule
-from dskd.training.sense_bank import load_bank
+from dskd.training.sense_bank import bank_is_on_device, load_bank
 from dskd.training.teacher_source import TeacherSource, require_fitting_states, require_states, source_of_fit
 from dskd.training.width_map import width_of_map
 
@@ -113,7 +113,7 @@ def build_collator(
     if loss.position_share < 1:
         targets = TargetPositions(derived_seed(config.seed, "train", "targets"), loss.position_share)
     return Collator(
-        None if _bank_on_device(config) else inputs.vectors_path,
+        None if bank_is_on_device(config) else inputs.vectors_path,
         positions,
         micro_batch_size=schedule.micro_batch_size,
         candidates=candidates,
@@ -126,11 +126,7 @@ def build_collator(
 
 def load_sense_bank(config: Config, inputs: TrainingInputs, world: World) -> torch.Tensor | None:
     """Returns all sense embeddings [R, D] on the device, or None if batches bring their own rows."""
-    return load_bank(inputs.vectors_path, world.device) if _bank_on_device(config) else None
-
-
-def _bank_on_device(config: Config) -> bool:
-    return config.loss.sense_weight > 0 and config.train.sense_bank == "device"
+    return load_bank(inputs.vectors_path, world.device) if bank_is_on_device(config) else None
 
 
 def _require_one_vocabulary(config: Config, teacher: ModelFolder, student: ModelFolder) -> None:

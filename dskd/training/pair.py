@@ -13,11 +13,11 @@ from dskd.console import say
 from dskd.distributed.collectives import main_first
 from dskd.distributed.world import World
 from dskd.models.agreement import probe_inputs
-from dskd.models.causal_lm import destroy_engine, fits_without_lower_layers, fits_without_upper_layers
+from dskd.models.causal_lm import destroy_engine, fits_without_upper_layers
 from dskd.models.folder import ModelFolder
 from dskd.models.frozen import FrozenModel, load_frozen
 from dskd.models.precision import compute_dtype
-from dskd.models.trunk import HandOver, TrunkError, refuse_if_required, trunk_depth
+from dskd.models.trunk import HandOver, TrunkError, refuse_if_required, require_same_shapes, trunk_depth
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
 from dskd.training.student import load_student
 from dskd.training.teacher_source import TeacherSource, reads_logits
@@ -202,8 +202,8 @@ def _depth(config: Config, teacher: ModelFolder, student: ModelFolder, source: T
         )
         if depth and source.reads_trunk:
             depth = _stored_depth(source, depth)
-        if depth and not fits_without_lower_layers(student, depth):
-            raise TrunkError("in this architecture a layer's shape depends on its place")
+        if depth:
+            require_same_shapes(student, depth)
         if depth and source.reads_trunk and not fits_without_upper_layers(student, depth + 1):
             raise TrunkError("in this architecture a layer's shape depends on the number of layers")
         return depth, kept

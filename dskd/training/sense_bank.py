@@ -7,12 +7,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dskd.config import Config
 from dskd.console import gigabytes
 from dskd.errors import UserError
 from dskd.models.weights import open_safetensors
 from dskd.senses.dictionary import map_vectors
 
 _PIECE_BYTES = 2**26
+
+
+def bank_is_on_device(config: Config) -> bool:
+    """Returns True if every rank of training holds the sense bank; otherwise batches bring the rows that they need."""
+    return config.loss.sense_weight > 0 and config.train.sense_bank == "device"
 
 
 def load_bank(path: Path, device: torch.device) -> torch.Tensor:
