@@ -42,7 +42,29 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     """Adds the parser of `plan`."""
     parser = add_verb(verbs, "plan", run_plan, text=HELP, description=DESCRIPTION, epilog=EPILOG)
     add_config_arguments(parser)
-    machines = parser.add_argument_group("machines")
+    _add_machines(parser.add_argument_group("machines"))
+    _add_rates(parser.add_argument_group("rates (for the speed)"))
+    parser.add_argument(
+        "--teacher-config",
+        type=Path,
+        metavar="FILE",
+        help="config.json of the teacher, instead of that of teacher.path",
+    )
+    parser.add_argument(
+        "--samples",
+        type=whole_number(1),
+        metavar="N",
+        help="number of training sequences [that of WORKDIR/shards, if there, or corpus.max_sequences]",
+    )
+    parser.add_argument(
+        "--relations",
+        type=_share,
+        metavar="SHARE",
+        help="share of the targets that have a synonym or antonym; `dskd inspect senses` prints it [0.2]",
+    )
+
+
+def _add_machines(machines: argparse._ArgumentGroup) -> None:
     machines.add_argument("--nodes", type=whole_number(1), required=True, metavar="N", help="number of nodes")
     machines.add_argument(
         "--gpus-per-node",
@@ -60,7 +82,9 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
         help="cpu: ranks have no GPU; --gpus-per-node is the number of ranks of a node, and --gpu-memory the share of "
         "its memory that each may use [cuda]",
     )
-    rates = parser.add_argument_group("rates (for the speed)")
+
+
+def _add_rates(rates: argparse._ArgumentGroup) -> None:
     rates.add_argument(
         "--bandwidth",
         type=_positive,
@@ -96,24 +120,6 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
         metavar="GB/s",
         help="rate at which a node reads the teacher's shares (teacher.offload: nvme), and shards with stored states "
         f"[{DISK_BANDWIDTH:.0f}]",
-    )
-    parser.add_argument(
-        "--teacher-config",
-        type=Path,
-        metavar="FILE",
-        help="config.json of the teacher, instead of that of teacher.path",
-    )
-    parser.add_argument(
-        "--samples",
-        type=whole_number(1),
-        metavar="N",
-        help="number of training sequences [that of WORKDIR/shards, if there, or corpus.max_sequences]",
-    )
-    parser.add_argument(
-        "--relations",
-        type=_share,
-        metavar="SHARE",
-        help="share of the targets that have a synonym or antonym; `dskd inspect senses` prints it [0.2]",
     )
 
 
