@@ -1,4 +1,4 @@
-"""What DeepSpeed's engine costs a training step on one rank, against the same student as plain modules.
+"""The cost of DeepSpeed's engine in a training step on one rank, against the same student as plain modules.
 
     python -m benchmarks.engine --preset smollm2 --threads 1
     python -m benchmarks.engine --preset smollm2 --threads 1 --tokens 128 --profile engine

@@ -1,4 +1,4 @@
-"""What all processes of pytest need: an option, and the order of tests. Fixtures are in support/shared_fixtures.py."""
+"""The option and the order of tests, for all processes of pytest. Fixtures are in support/shared_fixtures.py."""
 
 import os
 from pathlib import Path

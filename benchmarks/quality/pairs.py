@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from benchmarks.quality.teacher import Student, Teacher
+from benchmarks.quality.teacher import Rows, Student, Teacher
 from dskd.errors import UserError
 from dskd.evaluation.lexical.scores import roc_auc
 
@@ -59,7 +59,7 @@ def read_pairs(files: Sequence[Path]) -> list[Pair]:
 
 
 @dataclass
-class Pairs:
+class Pairs(Rows):
     """Pairs of words in sentences."""
 
     # Padded at the end: all pairs in the first frame, then in the second; all first words, then all second ones.
@@ -137,16 +137,6 @@ class Pairs:
             "opposites_states": _area(1 - F.cosine_similarity(one, other), self.are_antonyms),
             "opposites_n": len(self.words),
         }
-
-    @property
-    def position_ids(self) -> torch.Tensor:
-        """The positions [4 n, T]."""
-        return torch.arange(self.input_ids.shape[1]).expand_as(self.input_ids)
-
-    def attention_mask(self, at: torch.Tensor) -> torch.Tensor:
-        """Returns which positions each position of the rows `at` sees: every row is one document."""
-        length = self.input_ids.shape[1]
-        return torch.ones(length, length, dtype=torch.bool).tril().expand(len(at), 1, -1, -1)
 
 
 def _area(scores: torch.Tensor, is_positive: torch.Tensor) -> float:

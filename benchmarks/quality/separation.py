@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.quality.teacher import Student
+from benchmarks.quality.teacher import Rows, Student
 from dskd.config import Config
 from dskd.evaluation.lexical.contexts import Context
 from dskd.evaluation.lexical.items import build_items, load_items
@@ -32,7 +32,7 @@ _LONGEST = 24  # tokens of an example
 
 
 @dataclass(frozen=True)
-class Examples:
+class Examples(Rows):
     """Examples of lemmas with several senses."""
 
     contexts: Sequence[Context]
@@ -85,13 +85,3 @@ class Examples:
             scores = [item.total for item in separation(self.contexts, at_word)]
             means[name] = sum(scores) / len(scores)
         return means | {f"{MEASURE}_n": len(scores)}
-
-    @property
-    def position_ids(self) -> torch.Tensor:
-        """The positions [n, T]."""
-        return torch.arange(self.input_ids.shape[1]).expand_as(self.input_ids)
-
-    def attention_mask(self, at: torch.Tensor) -> torch.Tensor:
-        """Returns which positions each position of the rows `at` sees: every row is one document."""
-        length = self.input_ids.shape[1]
-        return torch.ones(length, length, dtype=torch.bool).tril().expand(len(at), 1, -1, -1)

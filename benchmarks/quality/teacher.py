@@ -140,6 +140,22 @@ class Sequences(Protocol):
     def attention_mask(self, at: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
 
 
+class Rows:
+    """Token ids of which every row is one document."""
+
+    input_ids: torch.Tensor  # [n, T] int64, padded at the end
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """The positions [n, T]."""
+        return torch.arange(self.input_ids.shape[1]).expand_as(self.input_ids)
+
+    def attention_mask(self, at: torch.Tensor) -> torch.Tensor:
+        """Returns which positions each position of the rows `at` sees: those before it, and itself."""
+        length = self.input_ids.shape[1]
+        return torch.ones(length, length, dtype=torch.bool).tril().expand(len(at), 1, -1, -1)
+
+
 @torch.no_grad()
 def run_layers(
     teacher: Teacher,

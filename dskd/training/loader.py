@@ -8,8 +8,10 @@ Stored states and sense rows do not pass through a worker: a thread of the rank 
 block. A worker has read them before, which brings them into the page cache; it compared the samples with their hashes.
 """
 
+import contextlib
 import functools
 import itertools
+import json
 import multiprocessing
 import os
 import threading
@@ -201,6 +203,34 @@ def _steps_in(
         if "DataLoader worker" in str(error) and (changed := dataset.find_changed_size()):
             raise Unreadable.of(changed, config).as_error() from error
         raise
+
+
+@contextlib.contextmanager
+def shorter_shards_named(config: Config) -> Iterator[None]:
+    """Names the shard that became shorter when a worker died of it.
+
+    torch notices a dead worker by a signal, so its error can be raised anywhere in the rank, and not only where the
+    rank waits for a step.
+
+    Raises:
+        UserError: in the place of torch's RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error) and (changed := _find_changed_size(config)):
+            raise Unreadable.of(changed, config).as_error() from error
+        raise
+
+
+def _find_changed_size(config: Config) -> ValueError | None:
+    """Returns the error of the first shard in the work directory that has another size than its index says."""
+    folder = config.path(kinds.SHARDS.folder, "train")
+    for shard in json.loads((folder / "index.json").read_text())["shards"]:
+        file, size = folder / shard["raw_data"]["basename"], shard["raw_data"]["bytes"]
+        if file.is_file() and file.stat().st_size != size:  # a compressed shard has only its other file there
+            return ValueError(f"{file} has {file.stat().st_size:,} bytes, but the index says {size:,}")
+    return None
 
 
 def _complete_ahead(steps: Iterator[PackedStep], config: Config, *, pinned: bool) -> Iterator[PackedStep]:

@@ -16,6 +16,7 @@ from dskd.distributed.world import World
 from dskd.senses.dictionary import dictionary_folder
 from dskd.training import checkpoint_writing
 from dskd.training.freed_memory import keep_freed_memory
+from dskd.training.loader import shorter_shards_named
 from dskd.training.records import TrainingProgress, ended_in_mlflow
 from dskd.training.run import Run
 from dskd.training.setup import set_up
@@ -51,6 +52,7 @@ def _train(run: Run) -> None:
     with (
         stopping.deferred() as stop_request,  # signals take effect only after MLflow's run has ended
         ended_in_mlflow(run.tracker),
+        shorter_shards_named(run.config),
         contextlib.closing(run.batches),
         TrainingProgress(run) as progress,
     ):

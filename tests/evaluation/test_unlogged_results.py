@@ -38,7 +38,7 @@ def test_an_evaluation_killed_before_mlflow_has_it_is_logged_by_the_next_call(co
     evaluate(config, world)
     assert examples.stat().st_ino == written.st_ino  # it was not measured again
     assert len(read_history(config, run_id, "eval/perplexity")) == 1
-    assert "which an interrupted process has left" in capsys.readouterr().err
+    assert "left by an interrupted process" in capsys.readouterr().err
     assert held_out_text.are_current(config)
     evaluate(config, world)
     assert "interrupted process" not in capsys.readouterr().err

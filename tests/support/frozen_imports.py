@@ -1,4 +1,4 @@
-"""What tests use late, imported at once and exempt from garbage collection, in a process and the ranks it forks.
+"""Imports of what tests use late, made at once and exempt from garbage collection, in a process and its forked ranks.
 
 DeepSpeed compiles Muon's kernels whatever the optimizer is; transformers imports an architecture, and MLflow its store,
 at first use.

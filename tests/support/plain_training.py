@@ -17,7 +17,7 @@ from dskd.config import Config
 
 @dataclass(frozen=True)
 class PlainStep:
-    """What both models compute at all positions B·T of a step, and the labels at those that have a target [N]."""
+    """The outputs of both models at all positions B·T of a step, and the labels at those that have a target [N]."""
 
     number: int  # from 0
     micro_batches: Sequence[dict[str, Any]]

@@ -88,7 +88,7 @@ def test_random_candidates_depend_on_the_step_and_not_on_the_worker(folder, tmp_
             assert batch["senses"]["random_rows"].tolist() == candidates.draw(number).tolist()
         positions = sum(len(batch["senses"]["positions"]) for batch in step.micro_batches)
         targets = sum(int(batch["loss_mask"].sum()) for batch in step.micro_batches)
-        assert step.counts == (targets, positions, 0, targets)  # all of these targets have synonyms
+        assert step.counts == (targets, positions, 0, targets, targets)  # all of these targets have synonyms
 
 
 def _samples(folder, cache):
