@@ -174,7 +174,7 @@ class TrainConfig(Section):
     loss_chunk_size: int | None = Field(
         None,
         ge=1,
-        description="number of positions whose logits exist at a time; null: enough for fast matrix products",
+        description="number of positions whose logits exist at once; null: enough for fast matrix products",
     )
     compile_losses: bool = Field(False, description="fuse the losses with torch.compile, which takes a minute to start")
     sense_bank: Literal["host", "device"] = Field(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 FOLDER = Path("/dev/shm")
 _LEAST_BYTES = 4 * 2**20  # the smallest runs of the tests need a quarter of that
-_PLENTY_BYTES = 2**30  # more than the loader keeps there at a time
+_PLENTY_BYTES = 2**30  # more than the loader keeps there at once
 
 
 def describe_shortage(*, is_known: bool = False) -> str | None:

@@ -23,7 +23,7 @@ from dskd.models.readouts import TopTokens
 
 # A matrix product needs many positions: with few, it spends its time reading the matrix. The losses pass about twenty
 # times through float32 copies of the logits, which are fast if these stay in the caches. So a chunk of positions has
-# logits at a time, and the losses take them a block at a time. A GPU's chunks are larger here than in
+# logits at once, and the losses take them a block at a time. A GPU's chunks are larger here than in
 # `dskd.models.readouts`, which makes a float32 copy of a whole chunk and has only one matrix product.
 _TRAINED_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 _TILE = 256  # positions: whole tiles of a GPU's matrix products
@@ -48,9 +48,9 @@ class Normalizers(NamedTuple):
 
 
 class HeadSizes(NamedTuple):
-    """The numbers of positions that the head computes at a time."""
+    """The numbers of positions that the head computes at once."""
 
-    chunk: int  # in a matrix product: the positions that have logits at a time
+    chunk: int  # in a matrix product: the positions that have logits at once
     block: int  # in a pass of the losses
 
     @classmethod
@@ -83,8 +83,8 @@ class DistillationHead(nn.Module):
             teacher_weight: the teacher's output matrix [V', D'], which is not trained. None if teacher and student
                 share one matrix and it is not trained, or if no term reads the teacher's logits.
             loss: weights and settings of the terms.
-            chunk_size: positions whose logits, of the student and perhaps the teacher, exist at a time.
-            block_size: positions that the losses take at a time; None: the whole chunk.
+            chunk_size: positions whose logits, of the student and perhaps the teacher, exist at once.
+            block_size: positions that the losses take at once; None: the whole chunk.
             margin: the margin in units of D, if it differs from `loss.margin`.
             compile_losses: whether to compile the computation on a chunk's logits with torch.compile.
             transform: what the student does with the products of states and output matrix.

@@ -1,4 +1,4 @@
-"""Reading results out of hidden states with the output head, chunk by chunk, so that few logits exist at a time.
+"""Reading results out of hidden states with the output head, chunk by chunk, so that few logits exist at once.
 
 :func:`top_tokens` computes what the shards store of the teacher's distributions, for training without a teacher
 (`teacher.mode: cached`): at every position with a target, the n most probable tokens with their log-probabilities, and
@@ -21,7 +21,7 @@ _SMALLEST_CHUNK = 64  # for fewer rows, a matrix product spends its time on read
 
 
 def chunk_size(configured: int | None, vocab_size: int, device: torch.device) -> int:
-    """Returns how many positions have logits at a time: `configured`, or a size that suits the device if None."""
+    """Returns how many positions have logits at once: `configured`, or a size that suits the device if None."""
     return configured or max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS[device.type] // vocab_size)
 
 
@@ -39,7 +39,7 @@ def read_logits(
             tensors [n, …]; a chunk may have no rows.
         states: last hidden states [N, D].
         head: the model's output head.
-        chunk_size: positions whose logits exist at a time.
+        chunk_size: positions whose logits exist at once.
         columns: tensors [N, …] of which `read` needs the rows.
     """
     # Splitting gives at least one chunk, so there are tensors to concatenate even if there are no states.
@@ -85,7 +85,7 @@ def top_tokens(states: torch.Tensor, head: OutputHead, n: int, chunk_size: int) 
         states: last hidden states [N, D].
         head: the model's output head.
         n: at most V.
-        chunk_size: positions whose logits exist at a time.
+        chunk_size: positions whose logits exist at once.
     """
 
     def read(logits: torch.Tensor) -> TopTokens:

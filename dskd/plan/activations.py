@@ -91,7 +91,7 @@ def student_activations(
     """Measures the bytes of the student's forward, loss and backward, including the teacher's states if it runs.
 
     `layers` are the layers of `architecture` that the student consists of, and `trunk` is the number of lowest ones
-    that it need not compute. `sizes` are the numbers of positions that the head computes at a time. `with_teacher`
+    that it need not compute. `sizes` are the numbers of positions that the head computes at once. `with_teacher`
     says whether the loss reads the teacher's states, computed or stored. `teacher_matrix` is the shape of the teacher's
     output matrix, `has_copy` says whether the head holds it in addition to the student's, and `teacher_transform` is
     what the teacher does with its products.

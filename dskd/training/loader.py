@@ -198,10 +198,13 @@ def _steps_in(
                 raise step.as_error()
             if step is not None:
                 yield step
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        is_torchs = isinstance(error, RuntimeError)
         # A file that becomes shorter while a worker copies from its map ends the worker with a bus error.
-        if "DataLoader worker" in str(error) and (changed := dataset.find_changed_size()):
+        if (not is_torchs or "DataLoader worker" in str(error)) and (changed := dataset.find_changed_size()):
             raise Unreadable.of(changed, config).as_error() from error
+        if not is_torchs:  # it died while the rank took over a step from it, before torch noticed
+            raise RuntimeError("a DataLoader worker exited unexpectedly while it handed over a step") from error
         raise
 
 

@@ -18,6 +18,7 @@ from dskd.errors import UserError
 from dskd.shards import require_teacher_cache
 from dskd.training.collator import Collator
 from dskd.training.distribution_candidates import CandidateRows
+from dskd.training.loader import _steps_in
 from dskd.training.packed_step import Blocks, Counts, CudaCopier, PackedStep, copy_ahead, count_positions
 from dskd.training.positions import SensePositions
 from dskd.training.sense_bank import copy_in_pieces, load_bank, require_room
@@ -189,6 +190,21 @@ def test_a_worker_that_is_killed_ends_the_run_with_an_error(folder, tmp_path):
 
     with pytest.raises(RuntimeError, match=r"worker.* (exited unexpectedly|is killed by signal)"):
         list(steps_of(folder, tmp_path, 1, collate=die_in_the_third_step))
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_over_a_step_is_reported_as_any_other(error):
+    class Loader:
+        def __iter__(self):
+            yield from ()
+            raise error
+
+    class Shards:
+        def find_changed_size(self):
+            return None
+
+    with pytest.raises(RuntimeError, match="worker exited unexpectedly"):
+        list(_steps_in(Loader(), None, Shards()))
 
 
 def test_the_next_step_is_copied_while_one_runs():

@@ -14,7 +14,7 @@ import torch
 import yaml
 from artifact_folders import update_manifest
 from config_files import write_config
-from rank_processes import finish, run_program, start_ranks, wait_for_checkpoint
+from rank_processes import run_program
 from safetensors.torch import load_file
 from stages import build_sequences_of
 from tiny_work import BEFORE_TRAINING, NO_RUNS, TINY, copy_work
@@ -28,6 +28,7 @@ from dskd.students.student import build_student
 from dskd.tracking import read_history, read_runs
 from dskd.training import checkpoint, inputs
 from dskd.training.exporting.export import build_export
+from dskd.training.loader import shorter_shards_named
 from dskd.training.status import report_status
 from dskd.training.teacher_source import TeacherSource, as_annotated
 from dskd.training.train import train
@@ -329,19 +330,20 @@ def test_a_teacher_is_loaded_if_the_shards_have_none_of_its_states(copy_of_tiny)
         inputs.load_inputs(load_config(path, ["teacher.mode=cached", "annotation.teacher_top_n=0"]))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_shards_that_become_shorter_end_training_like_a_mistake_and_are_named(copy_of_stored, workers):
-    path = copy_of_stored(train={**SETTINGS, "num_workers": workers, "steps": 3000, "checkpoint_every": 2})
-    config = load_config(path)
-    ranks = start_ranks("train.py", path, ranks=2)
-    wait_for_checkpoint(config)
-    for file in config.path("shards", "train").glob("*.mds"):
-        os.truncate(file, 4096)
-    ended = finish(ranks, check=False)
-    assert ended.exit_code == 2, ended.output
-    assert re.search(r"error: .*/shard\.\d+\.mds has 4,096 bytes, but the index says", ended.output), ended.output
-    assert "Traceback" not in ended.output
-    assert "/dev/shm" not in ended.output
+def test_a_shard_that_became_shorter_is_named_wherever_the_death_of_a_worker_is_noticed(copy_of_stored):
+    config = load_config(copy_of_stored())
+    died = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.")
+    with pytest.raises(RuntimeError, match="pid 7"), shorter_shards_named(config):
+        raise died  # no shard is shorter, so it is reported as it is
+    shard = sorted(config.path("shards", "train").glob("*.mds"))[-1]
+    os.truncate(shard, 4096)
+    with (
+        pytest.raises(UserError, match=rf"{shard.name} has 4,096 bytes, but the index says"),
+        shorter_shards_named(config),
+    ):
+        raise died
+    with pytest.raises(RuntimeError, match="of another kind"), shorter_shards_named(config):
+        raise RuntimeError("of another kind")
 
 
 def test_cached_reads_whatever_the_shards_have(stored, world):

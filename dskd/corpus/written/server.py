@@ -1,4 +1,4 @@
-"""Writes blocks of texts with a server that has OpenAI's chat completions, many requests at a time.
+"""Writes blocks of texts with a server that has OpenAI's chat completions, many requests at once.
 
 Such a server draws tokens in its own way, so the same requests can get other texts the next time.
 """
@@ -157,7 +157,7 @@ def _no_text(server: Server, model: str, count: int) -> UserError:
 def _in_parallel(
     ask: Callable[[Session, int, threading.Event], T], numbers: Sequence[int], threads: int
 ) -> Iterator[tuple[int, T]]:
-    """Yields (number, answer) as answers arrive, with `threads` questions at a time. Raises the first error.
+    """Yields (number, answer) as answers arrive, with `threads` questions at once. Raises the first error.
 
     The threads end with the process: an answer that may take minutes does not keep a stopped program alive.
     """
