@@ -7,7 +7,7 @@ from dskd.compare import metrics, wording
 from dskd.config import LossConfig
 from dskd.distributed.world import World
 from dskd.losses.terms import SUMS, TERMS, curve_titles
-from dskd.training.packed_step import Counts
+from dskd.training.data.packed_step import Counts
 from dskd.training.step import _means, _normalizers
 
 
