@@ -27,8 +27,8 @@ from benchmarks.workload import OurTraining, build_workload_parser, read_config,
 from dskd.config import Config
 from dskd.distributed.rendezvous import initialize, shutdown
 from dskd.distributed.world import World
-from dskd.models.causal_lm import load_resident
-from dskd.models.precision import compute_dtype
+from dskd.models.running.precision import compute_dtype
+from dskd.models.structure.causal_lm import load_resident
 from dskd.training.inputs import load_inputs
 from dskd.training.packed_step import StepBatches
 from dskd.training.pair import ModelPair

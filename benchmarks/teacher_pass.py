@@ -34,10 +34,10 @@ from benchmarks.workload import (
 )
 from dskd.distributed.rendezvous import initialize, shutdown
 from dskd.errors import first_line
-from dskd.models.folder import find_teacher
-from dskd.models.frozen import FrozenModel, load_frozen
-from dskd.models.precision import compute_dtype
-from dskd.models.reference import relative_difference
+from dskd.models.checks.reference import relative_difference
+from dskd.models.files.folder import find_teacher
+from dskd.models.running.frozen import FrozenModel, load_frozen
+from dskd.models.running.precision import compute_dtype
 
 _DOCUMENTS = 5  # in a packed sequence
 _RECOMPILATIONS = 64  # that torch.compile may make before it falls back to eager code, one for each layer at most

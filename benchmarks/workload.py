@@ -34,10 +34,10 @@ from dskd.distributed.node_cache import open_node_cache
 from dskd.distributed.rendezvous import initialize
 from dskd.distributed.world import World, uses_gpu
 from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
-from dskd.models.folder import ModelFolder, find_teacher
-from dskd.models.frozen import load_frozen
-from dskd.models.trained import trained_layers
-from dskd.models.trunk import HandOver
+from dskd.models.files.folder import ModelFolder, find_teacher
+from dskd.models.running.frozen import load_frozen
+from dskd.models.structure.trained import trained_layers
+from dskd.models.structure.trunk import HandOver
 from dskd.senses.dictionary import FILE as DICTIONARY_FILE
 from dskd.shards.schema import LARGEST_SHARD, TEACHER_STATES, TRUNK_STATES, StoredStates
 from dskd.shards.stored_states import columns_of_states, plan_stored

@@ -36,11 +36,11 @@ from dskd.evaluation.evaluations import PROGRAMS, Program
 from dskd.evaluation.results_in_cards import update_cards
 from dskd.lexicon import build as lexicon
 from dskd.lexicon.wordnet import open_wordnet
-from dskd.models.architecture import check_architecture
-from dskd.models.folder import FindTeacher, find_pretrained_student, find_teacher
+from dskd.models.checks.architecture import check_architecture
+from dskd.models.files.folder import FindTeacher, find_pretrained_student, find_teacher
 from dskd.models.gguf import teacher as gguf_teacher
 from dskd.models.limits import vocabulary_size
-from dskd.models.trained import trained_layers
+from dskd.models.structure.trained import trained_layers
 from dskd.senses import build as senses
 from dskd.shards.recipe import open_inputs, stale_splits
 from dskd.students import student

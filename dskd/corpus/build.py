@@ -33,7 +33,7 @@ from dskd.corpus.written.blocks import FILE
 from dskd.corpus.written.judging import Judged, documents_of, judge_texts, write_senses
 from dskd.errors import UserError, shortened
 from dskd.lexicon.wordnet import WordNet, open_wordnet, spelled
-from dskd.models.folder import FindTeacher, find_teacher
+from dskd.models.files.folder import FindTeacher, find_teacher
 
 SPLITS = ("train", "validation")
 _SCHEMA = pa.schema([("document", pa.string()), ("text", pa.string())])

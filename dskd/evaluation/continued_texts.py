@@ -20,10 +20,10 @@ from dskd.config import Config
 from dskd.corpus.tasks.prompts import Prompter
 from dskd.errors import UserError
 from dskd.evaluation.batching import padded
-from dskd.models.folder import ModelFolder
-from dskd.models.frozen import FrozenModel
-from dskd.models.generation import before_end, end_tokens, generate_greedily
+from dskd.models.files.folder import ModelFolder
 from dskd.models.limits import position_limit, vocabulary_size
+from dskd.models.running.frozen import FrozenModel
+from dskd.models.running.generation import before_end, end_tokens, generate_greedily
 from dskd.models.tokenizing import require_known
 
 CONTINUATIONS_TABLE, CONTINUATIONS_TEXT = "samples.json", "samples.md"

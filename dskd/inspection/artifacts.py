@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.files.folder import ModelFolder, find_teacher
 
 T = TypeVar("T")
 

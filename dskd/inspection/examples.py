@@ -7,7 +7,7 @@ from dskd.errors import UserError
 from dskd.inspection.artifacts import Teacher, open_teacher
 from dskd.inspection.tokens import token_texts
 from dskd.inspection.word import WordReport, inspect_word
-from dskd.models.folder import ModelFolder
+from dskd.models.files.folder import ModelFolder
 from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
 from dskd.senses.entries import MIN_HEAD_LETTERS
 

@@ -10,7 +10,7 @@ from dskd.artifacts.files import save_figure
 from dskd.config import Config, Spacing, StudentConfig
 from dskd.console import table
 from dskd.errors import UserError
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 from dskd.students.measuring import measure_importance
 from dskd.students.spacing import Importance, as_text, choose_layers, num_removed_layers
 

@@ -17,10 +17,10 @@ import torch
 
 from dskd.config import LossConfig, StudentConfig
 from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
-from dskd.models.head_probe import declared_transform
-from dskd.models.output_head import LogitTransform
-from dskd.models.stored_names import base_model
-from dskd.models.trained import choose_trained
+from dskd.models.checks.head_probe import declared_transform
+from dskd.models.files.stored_names import base_model
+from dskd.models.structure.output_head import LogitTransform
+from dskd.models.structure.trained import choose_trained
 from dskd.plan.architecture import Architecture
 from dskd.plan.live_bytes import LiveBytes
 from dskd.plan.running import Way, find_way, materialize, without_values

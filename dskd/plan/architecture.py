@@ -12,14 +12,14 @@ from typing import Any
 from dskd.artifacts import kinds
 from dskd.config import Config, CorpusConfig
 from dskd.errors import UserError, first_line, listed
-from dskd.models.architecture import check_architecture
-from dskd.models.causal_lm import empty_model
-from dskd.models.cut_config import cut_config
-from dskd.models.folder import ModelFolder, gguf_hint, refuse_file
+from dskd.models.checks.architecture import check_architecture
+from dskd.models.files.folder import ModelFolder, gguf_hint, refuse_file
+from dskd.models.files.gguf_file import read_gguf
+from dskd.models.files.model_config import load_json
 from dskd.models.gguf.config import read_config
-from dskd.models.gguf.file import read_gguf
-from dskd.models.layers import check_kinds
-from dskd.models.model_config import load_json
+from dskd.models.structure.causal_lm import empty_model
+from dskd.models.structure.cut_config import cut_config
+from dskd.models.structure.layers import check_kinds
 from dskd.plan.known_models import KNOWN_MODELS
 from dskd.students.new import config_values, intermediate_size
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dskd.config import Config
-from dskd.models.room import FLOAT32_BYTES
+from dskd.models.checks.room import FLOAT32_BYTES
 from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.shapes import Shapes, Student

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from dskd.config import Config
 from dskd.losses.head import HeadSizes
-from dskd.models.causal_lm import PERSISTENT_WIDTHS, SUB_GROUP
-from dskd.models.head_probe import declared_transform
-from dskd.models.nvme import BUFFERS, buffer_numel
+from dskd.models.checks.head_probe import declared_transform
+from dskd.models.running.nvme import BUFFERS, buffer_numel
+from dskd.models.structure.causal_lm import PERSISTENT_WIDTHS, SUB_GROUP
 from dskd.plan import GB
 from dskd.plan.activations import Batch, loaded_tensors, student_activations, teacher_activations
 from dskd.plan.architecture import Architecture

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dskd.config import Config
-from dskd.models.weights import LAYER_NAME
+from dskd.models.files.weights import LAYER_NAME
 from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import Gathered

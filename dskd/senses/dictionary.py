@@ -16,8 +16,8 @@ from dskd.artifacts.manifest import Manifest, read_manifest, require_same
 from dskd.artifacts.tensor_file import map_tensor
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder
-from dskd.models.weights import open_safetensors
+from dskd.models.files.folder import ModelFolder
+from dskd.models.files.weights import open_safetensors
 from dskd.senses.csr import sums_of_lists
 from dskd.senses.entries import ENTRY_TENSORS, Entries
 

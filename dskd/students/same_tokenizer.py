@@ -12,7 +12,7 @@ from itertools import zip_longest
 from typing import Any
 
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder
+from dskd.models.files.folder import ModelFolder
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token")
 # Flags of an added token that change which text becomes the token.

@@ -13,7 +13,7 @@ from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, read_manifest
 from dskd.config import Config, StudentConfig
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder
+from dskd.models.files.folder import ModelFolder
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from dskd.console import say
 from dskd.distributed.collectives import barrier, on_main
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.models.agreement import PROBE_TOKENS
+from dskd.models.checks.agreement import PROBE_TOKENS
 from dskd.training.checkpoint import LATEST_FILE, PROBE_FILE, REHEARSAL, TRAINED_FILE, Checkpoint, steps_on_disk
 from dskd.training.pair import ModelPair
 from dskd.training.student import MASTER_BYTES, MOMENT_BYTES

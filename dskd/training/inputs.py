@@ -11,8 +11,8 @@ from dskd.artifacts.manifest import Manifest, Recipe, read_manifest, verify_file
 from dskd.config import Config
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder, find_teacher
-from dskd.models.precision import resolve_precision
+from dskd.models.files.folder import ModelFolder, find_teacher
+from dskd.models.running.precision import resolve_precision
 from dskd.random_numbers import derived_seed
 from dskd.senses.dictionary import load_dictionary, require_fitting
 from dskd.students.copies import warn_of_old_copies

@@ -12,12 +12,12 @@ from dskd.config import Config
 from dskd.console import say
 from dskd.distributed.collectives import main_first
 from dskd.distributed.world import World
-from dskd.models.agreement import probe_inputs
-from dskd.models.causal_lm import destroy_engine, fits_without_upper_layers
-from dskd.models.folder import ModelFolder
-from dskd.models.frozen import FrozenModel, load_frozen
-from dskd.models.precision import compute_dtype
-from dskd.models.trunk import HandOver, TrunkError, refuse_if_required, require_same_shapes, trunk_depth
+from dskd.models.checks.agreement import probe_inputs
+from dskd.models.files.folder import ModelFolder
+from dskd.models.running.frozen import FrozenModel, load_frozen
+from dskd.models.running.precision import compute_dtype
+from dskd.models.structure.causal_lm import destroy_engine, fits_without_upper_layers
+from dskd.models.structure.trunk import HandOver, TrunkError, refuse_if_required, require_same_shapes, trunk_depth
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
 from dskd.training.student import load_student
 from dskd.training.teacher_source import TeacherSource, reads_logits
@@ -92,7 +92,7 @@ class ModelPair:
         """Runs the student in training on the tokens on which its export is checked. Every rank must call it.
 
         Returns:
-            The inputs (:func:`dskd.models.agreement.probe_inputs`), and the student's `logits` [1, T, V].
+            The inputs (:func:`dskd.models.checks.agreement.probe_inputs`), and the student's `logits` [1, T, V].
         """
         if isinstance(self.trunk, StoredTrunk):
             inputs, student_inputs = self.trunk.probe, self.trunk.probe_states

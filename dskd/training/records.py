@@ -10,7 +10,7 @@ from dskd.config import Config, LossConfig
 from dskd.console import progress_bar, say
 from dskd.distributed.world import World
 from dskd.losses.terms import LOSS_METRIC, TERMS
-from dskd.models.precision import compute_dtype
+from dskd.models.running.precision import compute_dtype
 from dskd.tracking import Tracker, describe_dataset, git_commit
 from dskd.training.inputs import TrainingInputs
 from dskd.training.pair import ModelPair

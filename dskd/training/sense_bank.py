@@ -10,7 +10,7 @@ import torch
 from dskd.config import Config
 from dskd.console import gigabytes
 from dskd.errors import UserError
-from dskd.models.weights import open_safetensors
+from dskd.models.files.weights import open_safetensors
 from dskd.senses.dictionary import map_vectors
 
 _PIECE_BYTES = 2**26

@@ -1,7 +1,9 @@
 """The student in training: its layers in a ZeRO-3 engine, with the head that computes the losses.
 
 If its lowest layers are frozen copies of the teacher's, it starts from the teacher's hidden states at that depth
-(:mod:`dskd.models.trunk`), and those layers are not loaded. Shapes: B batch, T tokens, D hidden, V vocabulary.
+(:mod:`dskd.models.structure.trunk`), and those layers are not loaded.
+
+Shapes: B batch, T tokens, D hidden, V vocabulary.
 """
 
 import os
@@ -16,17 +18,17 @@ from dskd.config import Config
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.losses.head import DistillationHead, HeadSizes
-from dskd.models.causal_lm import MAX_LIVE, build_sharded, empty_model, engine_settings
-from dskd.models.folder import ModelFolder
-from dskd.models.frozen import Decoder
-from dskd.models.head_probe import find_logit_transform
-from dskd.models.output_head import LogitTransform
-from dskd.models.precision import compute_dtype
-from dskd.models.probes import check_documents
-from dskd.models.reference import compare_with_transformers
-from dskd.models.stored_names import StoredNames, base_model, base_model_name, output_name
-from dskd.models.trained import choose_trained
-from dskd.models.weights import TensorReader
+from dskd.models.checks.head_probe import find_logit_transform
+from dskd.models.checks.probes import check_documents
+from dskd.models.checks.reference import compare_with_transformers
+from dskd.models.files.folder import ModelFolder
+from dskd.models.files.stored_names import StoredNames, base_model, base_model_name, output_name
+from dskd.models.files.weights import TensorReader
+from dskd.models.running.frozen import Decoder
+from dskd.models.running.precision import compute_dtype
+from dskd.models.structure.causal_lm import MAX_LIVE, build_sharded, empty_model, engine_settings
+from dskd.models.structure.output_head import LogitTransform
+from dskd.models.structure.trained import choose_trained
 from dskd.training.width_map import build_width_map
 
 # Bytes that DeepSpeed holds for each trained element, all in float32: the weight, AdamW's two moments, and the sum of

@@ -10,7 +10,7 @@ from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest
 from dskd.config import Config, LossConfig
 from dskd.errors import UserError
-from dskd.models.precision import resolve_precision
+from dskd.models.running.precision import resolve_precision
 from dskd.shards import PRECISION_OF, TEACHER_STATES, TRUNK_STATES, StoredStates
 
 Kind = Literal["none", "loaded", "states", "top_n"]

@@ -1,8 +1,9 @@
-"""Checks that the student's layers above the shared trunk (:mod:`dskd.models.trunk`) compute what the teacher's do.
+"""Checks that the student's layers above the shared trunk compute what the teacher's do.
 
-If the trunk's states are in the shards, no model is left to compute them for other tokens. Training needs them for two
-kinds: those with which the layers above are compared, and those on which exports are checked. So the student's lowest
-layers run on these before training, and are freed again (:func:`run_trunk_once`).
+The trunk is in :mod:`dskd.models.structure.trunk`. If its states are in the shards, no model is left to compute them
+for other tokens. Training needs them for two kinds: those with which the layers above are compared, and those on which
+exports are checked. So the student's lowest layers run on these before training, and are freed again
+(:func:`run_trunk_once`).
 """
 
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ import torch
 from dskd.config import Config
 from dskd.distributed.collectives import sum_over_ranks
 from dskd.distributed.world import World
-from dskd.models.agreement import probe_inputs
-from dskd.models.folder import ModelFolder
-from dskd.models.frozen import FrozenModel, load_frozen
-from dskd.models.layers import ModulePass, recorded
+from dskd.models.checks.agreement import probe_inputs
+from dskd.models.files.folder import ModelFolder
+from dskd.models.running.frozen import FrozenModel, load_frozen
+from dskd.models.structure.layers import ModulePass, recorded
 
 # Largest accepted difference of the lowest trained layer's output, relative to the norm of the layer's change to its
 # input. The same weights and kernels give no difference at all; the tolerance is for kernels that round differently
@@ -36,7 +37,7 @@ class StoredTrunk:
     """A trunk whose states are in the shards, and what it computes for the tokens on which exports are checked."""
 
     depth: int
-    probe: dict[str, Any]  # of :func:`dskd.models.agreement.probe_inputs`
+    probe: dict[str, Any]  # of :func:`dskd.models.checks.agreement.probe_inputs`
     probe_states: torch.Tensor  # [1, T, D], the states that enter layer `depth` for them
 
 

@@ -15,7 +15,7 @@ from dskd.config import Config
 from dskd.console import progress_bar, say, warn
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.models.frozen import load_frozen
+from dskd.models.running.frozen import load_frozen
 from dskd.training.collator import Collator
 from dskd.training.inputs import TrainingInputs
 from dskd.training.loader import load_steps

@@ -15,7 +15,7 @@ from torch import nn
 from dskd.config import LossConfig
 from dskd.distributed.collectives import sum_over_ranks
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder
+from dskd.models.files.folder import ModelFolder
 
 # Added to the diagonal of the student's second moments, relative to its mean. Without it, states that span fewer than D
 # dimensions have no unique fit; with it, the fit is the smallest one.

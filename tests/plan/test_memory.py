@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.flops import Shape
 from dskd.losses.head import DistillationHead, HeadSizes
-from dskd.models.output_head import LogitTransform
+from dskd.models.structure.output_head import LogitTransform
 from dskd.plan import activations
 from dskd.plan.activations import Batch, student_activations
 from dskd.plan.architecture import Architecture

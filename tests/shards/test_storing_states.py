@@ -25,8 +25,8 @@ from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.corpus.sequences import Sequences, TokenBatch
 from dskd.errors import UserError
-from dskd.models.folder import find_teacher
-from dskd.models.frozen import load_frozen
+from dskd.models.files.folder import find_teacher
+from dskd.models.running.frozen import load_frozen
 from dskd.shards import COLUMNS, TEACHER_COLUMNS, StoredStates, digest_without_states, open_shards
 from dskd.shards.annotate import annotate
 from dskd.shards.recipe import open_inputs, recipe

@@ -30,13 +30,13 @@ from dskd.distributed.rendezvous import initialize
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
-from dskd.models.architecture import check_architecture
-from dskd.models.final_norm import final_norm_names
-from dskd.models.folder import ModelFolder, find_teacher
-from dskd.models.frozen import load_frozen
-from dskd.models.layers import layers_of
-from dskd.models.probes import check_documents
-from dskd.models.stored_names import base_model
+from dskd.models.checks.architecture import check_architecture
+from dskd.models.checks.probes import check_documents
+from dskd.models.files.folder import ModelFolder, find_teacher
+from dskd.models.files.stored_names import base_model
+from dskd.models.running.frozen import load_frozen
+from dskd.models.structure.final_norm import final_norm_names
+from dskd.models.structure.layers import layers_of
 from dskd.students.student import build_student, find_student
 from dskd.training.exporting.rehearsal import rehearse_export
 from dskd.training.pair import load_pair

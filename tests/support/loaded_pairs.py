@@ -2,7 +2,7 @@
 
 from dskd.config import Config
 from dskd.distributed.world import World
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 from dskd.students.student import find_student
 from dskd.training.pair import ModelPair, load_pair
 from dskd.training.teacher_source import TeacherSource

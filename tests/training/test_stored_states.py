@@ -294,7 +294,7 @@ def test_states_that_do_not_fit_the_run_are_refused(copy_of_stored, world, monke
     again = r"make the shards again with `deepspeed launcher/annotate\.py --config FILE`"
     with pytest.raises(UserError, match=rf"{folder}: .* in fp32, but precision is bf16.* to fp32, {again}"):
         train(load_config(path, ["precision=bf16"]), world)
-    monkeypatch.setattr("dskd.models.precision.supports_bf16", lambda _: True)
+    monkeypatch.setattr("dskd.models.running.precision.supports_bf16", lambda _: True)
     with pytest.raises(UserError, match=rf"in fp32, but precision: auto is bf16 on this machine.* to fp32, {again}"):
         train(load_config(path, ["precision=auto"]), world)
     inputs.load_inputs(load_config(path, ["precision=bf16"]))  # `dskd status` needs no states

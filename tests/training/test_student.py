@@ -21,9 +21,9 @@ from transformers import (
 from dskd.config import Config, StudentConfig
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
-from dskd.models.causal_lm import destroy_engine
-from dskd.models.folder import find_teacher
-from dskd.models.trained import choose_trained
+from dskd.models.files.folder import find_teacher
+from dskd.models.structure.causal_lm import destroy_engine
+from dskd.models.structure.trained import choose_trained
 from dskd.students.student import build_student, find_student
 from dskd.training.student import load_student
 

@@ -19,7 +19,7 @@ from dskd.config import Config
 from dskd.corpus.sequences import position_ids_of
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
-from dskd.models.trunk import TrunkError, trunk_depth
+from dskd.models.structure.trunk import TrunkError, trunk_depth
 from dskd.students.student import build_student, find_student
 from dskd.training.teacher_source import TeacherSource
 from dskd.training.trunk_check import run_trunk_once

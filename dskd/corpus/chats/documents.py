@@ -13,7 +13,7 @@ from dskd.corpus.chats.turns import DECODER, ChatColumns, ChatError
 from dskd.corpus.files import Document, read_records
 from dskd.corpus.hub import read_dataset_rows
 from dskd.errors import UserError, listed, shortened
-from dskd.models.folder import ModelFolder
+from dskd.models.files.folder import ModelFolder
 
 _MOST_PROBLEMS = 100
 _SHOWN_PROBLEMS = 10

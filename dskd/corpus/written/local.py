@@ -11,9 +11,9 @@ from dskd.corpus.written.prompts import Prompter
 from dskd.corpus.written.requests import Request
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder
+from dskd.models.files.folder import ModelFolder
 from dskd.models.limits import position_limit
-from dskd.models.sampling import Sampling, load_sampler
+from dskd.models.running.sampling import Sampling, load_sampler
 
 
 def write_with_teacher(
@@ -31,7 +31,7 @@ def write_with_teacher(
 
     Raises:
         UserError: when a prompt leaves no room for a text, and the errors of
-            :func:`dskd.models.sampling.load_sampler`.
+            :func:`dskd.models.running.sampling.load_sampler`.
     """
     tokenizer, size = teacher.tokenizer, config.corpus.batch_size
     _require_positions(config, teacher, prompter, requests)

@@ -25,9 +25,9 @@ from dskd.distributed.collectives import barrier, gather_json, main_first, on_ma
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.lexicon.wordnet import open_wordnet
-from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.files.folder import ModelFolder, find_teacher
 from dskd.models.limits import vocabulary_size
-from dskd.models.precision import resolve_precision
+from dskd.models.running.precision import resolve_precision
 
 
 def recipe(config: Config, teacher: ModelFolder) -> Recipe:

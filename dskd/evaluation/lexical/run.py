@@ -22,9 +22,9 @@ from dskd.evaluation.lexical.scores import Item, area
 from dskd.evaluation.lexical.states import TARGET, WORD, Tokens, read_likelihoods, read_states
 from dskd.evaluation.models import Candidate, candidates, choose, same_on_all_ranks
 from dskd.evaluation.suite import Measurement, Outcome
-from dskd.models.frozen import FrozenModel
 from dskd.models.limits import check_text
-from dskd.models.precision import resolve_precision
+from dskd.models.running.frozen import FrozenModel
+from dskd.models.running.precision import resolve_precision
 
 
 def run_lexical(config: Config, world: World, names: Sequence[str] | None = None, *, force: bool = False) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from dskd.errors import UserError, listed, reason_of, shortened
-from dskd.models.folder import BAD_CONFIG
-from dskd.models.gguf.file import GgufFile
+from dskd.models.files.folder import BAD_CONFIG
+from dskd.models.files.gguf_file import GgufFile
 from dskd.models.gguf.tokenizer import vocabulary_rows
 
 _INSTEAD = "name a Hugging Face folder of the model instead"

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from dskd.errors import UserError
-from dskd.models.gguf.file import GgufFile
+from dskd.models.files.gguf_file import GgufFile
 from dskd.models.tokenizing import answer_end
 
 # The types of tokens, in tokenizer.ggml.token_type.

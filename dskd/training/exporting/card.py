@@ -17,7 +17,7 @@ from typing import Any
 from dskd.artifacts.files import write_text
 from dskd.config import LossConfig
 from dskd.losses.terms import minimised_terms
-from dskd.models.folder import MODEL_CARD_NAME
+from dskd.models.files.folder import MODEL_CARD_NAME
 from dskd.students.spacing import as_text
 from dskd.training.exporting import HELD_OUT_TEXT
 from dskd.training.exporting.licences import is_link, licence_link, obligations

@@ -15,8 +15,8 @@ from dskd.artifacts.manifest import Manifest, read_manifest
 from dskd.config import Config
 from dskd.console import warn
 from dskd.errors import UserError, first_line
-from dskd.models.digests import digest_cache, digest_of_model
-from dskd.models.folder import ModelFolder, check_model_folder, find_teacher
+from dskd.models.files.digests import digest_cache, digest_of_model
+from dskd.models.files.folder import ModelFolder, check_model_folder, find_teacher
 from dskd.models.gguf.known_files import HUB_NAMES
 from dskd.students.student import origin_of
 from dskd.training.checkpoint import Checkpoint

@@ -17,10 +17,10 @@ from dskd.config import Config
 from dskd.console import gigabytes, say
 from dskd.distributed.collectives import on_main
 from dskd.distributed.world import World
-from dskd.models.agreement import check_agreement
-from dskd.models.folder import ModelFolder
-from dskd.models.precision import compute_dtype
-from dskd.models.weights import TensorReader
+from dskd.models.checks.agreement import check_agreement
+from dskd.models.files.folder import ModelFolder
+from dskd.models.files.weights import TensorReader
+from dskd.models.running.precision import compute_dtype
 from dskd.training import checkpoint
 from dskd.training.exporting.export import write_export
 from dskd.training.exporting.files import copy_files

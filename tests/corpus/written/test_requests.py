@@ -10,7 +10,7 @@ from dskd.corpus.written.prompts import THOUGHTS, Prompter
 from dskd.corpus.written.requests import Request, Sense, find_senses, make_requests
 from dskd.errors import UserError
 from dskd.lexicon.wordnet import open_wordnet
-from dskd.models.folder import load_tokenizer
+from dskd.models.files.folder import load_tokenizer
 
 BANK = Request(Sense("bank", "bank.n.01", "n", "sloping land beside water"), 0)
 

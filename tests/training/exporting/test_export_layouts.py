@@ -15,7 +15,7 @@ from dskd.artifacts.manifest import Recipe
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 from dskd.students.student import build_student, find_student
 from dskd.training import checkpoint, checkpoint_writing
 from dskd.training.exporting.export import build_export, write_export
