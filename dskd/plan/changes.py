@@ -78,7 +78,7 @@ def candidates(plan: Plan) -> list[Change]:
         if plan.comparison is not None:
             changes.append(stored_states(plan.comparison.columns, teacher.mode))
         sizes = {each.values()["vocab_size"] for each in (plan.architecture, plan.student.architecture)}
-        is_readable = len(sizes) == 1 and not plan.config.loss.hidden_weight
+        is_readable = len(sizes) == 1 and not plan.config.loss.reads("teacher_states")
         if is_readable and plan.config.student.shared_trunk != "on":
             top_n = () if plan.config.annotation.teacher_top_n else ("annotation.teacher_top_n=64",)
             changes.append(Change(("teacher.mode=cached", *top_n)))

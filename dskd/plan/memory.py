@@ -77,7 +77,7 @@ def batch_of(config: Config, micro_batch_size: int, *, relations: float, trunk: 
     """
     loss, kappa, length = config.loss, config.annotation.kappa, config.corpus.sequence_length
     lexical = min(length, round(relations * length))
-    positions = SensePositions.of(loss, seed=0).number(lexical) * micro_batch_size if loss.sense_weight else 0
+    positions = SensePositions.of(loss, seed=0).number(lexical) * micro_batch_size if loss.reads("sense_rows") else 0
     rows = 3 * positions * kappa  # synonyms, antonyms and own rows, if all are distinct
     return Batch(
         micro_batch_size,

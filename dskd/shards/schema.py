@@ -169,9 +169,10 @@ def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> Non
             "" if top_n else "set annotation.store to [teacher_states], or annotation.teacher_top_n (to 64, say), and "
         )
         raise UserError(
-            f"{config.path(kinds.SHARDS.folder, split)}: the shards hold {held}; teacher.mode: cached with "
-            f"loss.kd_weight {config.loss.kd_weight:g} reads teacher_states or the most probable tokens; {remedy}make "
-            f"the shards again with `{kinds.SHARDS.made_by}`, or set teacher.mode to zero3"
+            f"{config.path(kinds.SHARDS.folder, split)}: the shards hold {held}; teacher.mode: cached reads "
+            "teacher_states or the most probable tokens for "
+            f"{config.loss.keys_that_read('teacher_probabilities')}; {remedy}make the shards again with "
+            f"`{kinds.SHARDS.made_by}`, or set teacher.mode to zero3"
         )
 
 

@@ -106,9 +106,9 @@ def build_collator(
     """
     loss, source = config.loss, source or inputs.source
     positions = candidates = targets = None
-    if loss.sense_weight:
+    if loss.reads("sense_rows"):
         positions = SensePositions.of(loss, derived_seed(config.seed, "train", "positions"))
-    if loss.compares_sense_distributions:
+    if loss.reads("candidate_rows"):
         candidates = CandidateRows.of(loss, derived_seed(config.seed, "train", "candidates"), inputs.num_senses)
     if loss.position_share < 1:
         targets = TargetPositions(derived_seed(config.seed, "train", "targets"), loss.position_share)
@@ -118,7 +118,7 @@ def build_collator(
         micro_batch_size=schedule.micro_batch_size,
         candidates=candidates,
         targets=targets,
-        lexical=loss.lexical_weight != 1,
+        lexical=loss.reads("lexical_marks"),
         teacher_cache=source.kind == "top_n",
         states=source.columns,
     )

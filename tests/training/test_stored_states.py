@@ -311,7 +311,10 @@ def test_states_that_do_not_fit_the_run_are_refused(copy_of_stored, world, monke
     cached = ["teacher.mode=cached", "loss.hidden_weight=2"]
     with pytest.raises(UserError, match=r"annotation\.store names teacher_states, but these .* make them again with"):
         train(load_config(path, cached), world)
-    with pytest.raises(UserError, match=r"no teacher_states, which loss.hidden_weight 2 reads .*make the shards again"):
+    with pytest.raises(
+        UserError,
+        match=r"no teacher_states, which teacher.mode: cached reads for loss.hidden_weight 2; make the shards again",
+    ):
         train(load_config(path, [*cached, "annotation.teacher_top_n=4"]), world)
 
 
@@ -358,7 +361,7 @@ def test_cached_reads_whatever_the_shards_have(stored, world):
     with pytest.raises(UserError, match=r"teacher_top_n: 4, but .* holds teacher_states, .*; set it to 0"):
         inputs.load_inputs(load_config(stored, ["teacher.mode=cached", WITHOUT_STATES, "annotation.teacher_top_n=4"]))
     # Annotation would make them again, without states.
-    with pytest.raises(UserError, match="hidden_weight needs the teacher's states, which"):
+    with pytest.raises(UserError, match="hidden_weight 2 needs the teacher's states, which"):
         annotate(config, world)
 
 

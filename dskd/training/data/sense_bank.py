@@ -18,7 +18,7 @@ _PIECE_BYTES = 2**26
 
 def bank_is_on_device(config: Config) -> bool:
     """Returns True if every rank of training holds the sense bank; otherwise batches bring the rows that they need."""
-    return config.loss.sense_weight > 0 and config.train.sense_bank == "device"
+    return config.loss.reads("sense_rows") and config.train.sense_bank == "device"
 
 
 def load_bank(path: Path, device: torch.device) -> torch.Tensor:

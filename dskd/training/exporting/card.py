@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dskd.artifacts.files import write_text
-from dskd.losses.terms import TERMS
+from dskd.config import LossConfig
+from dskd.losses.terms import minimised_terms
 from dskd.models.files.folder import MODEL_CARD_NAME
 from dskd.students.spacing import as_text
 from dskd.training.exporting import HELD_OUT_TEXT
@@ -159,11 +160,10 @@ def _teacher_name(card: Mapping[str, Any]) -> str:
 
 
 def _summary(card: Mapping[str, Any]) -> str:
-    loss = card["loss"]
     with_senses = (
         ", with a loss that compares its hidden states with sense embeddings of words (Decoder-based Sense Knowledge "
         "Distillation)"
-        if loss["sense_weight"]
+        if _loss_of(card).reads("sense_rows")
         else ""
     )
     return (
@@ -179,9 +179,9 @@ def _made(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [("Teacher", _teacher(card.get("teacher"))), ("Student", _student(card))]
     if "text" in card:
         lines.append(("Text", _text(card["text"])))
-    if "lexicon" in card and (card["loss"]["sense_weight"] or card["loss"]["lexical_weight"] != 1):
+    if "lexicon" in card and _loss_of(card).reads("sense_rows", "lexical_marks"):
         lines.append(("Synonyms and antonyms", _lexicon(card["lexicon"])))
-    return [*lines, ("Loss", _loss(card["loss"])), ("Training", _training(card["training"], facts["rounding_error"]))]
+    return [*lines, ("Loss", _loss(_loss_of(card))), ("Training", _training(card["training"], facts["rounding_error"]))]
 
 
 def _teacher(teacher: Mapping[str, Any] | None) -> str:
@@ -247,16 +247,21 @@ def _lexicon(lexicon: Mapping[str, Mapping[str, int]]) -> str:
     )
 
 
-def _loss(loss: Mapping[str, Any]) -> str:
+def _loss_of(card: Mapping[str, Any]) -> LossConfig:
+    """Returns the section `loss` of the trained run; a key that its export does not have is at its default."""
+    return LossConfig.model_construct(**card["loss"])
+
+
+def _loss(loss: LossConfig) -> str:
     """Returns the terms of the loss with their weights."""
-    shown = {**loss, "divergence": _DIVERGENCES[loss["divergence"]]}
+    keys = {**dict(loss), "divergence": _DIVERGENCES[loss.divergence]}
     terms = [
-        f"{loss[term.weight]:g} × {term.formula.format_map(shown)}"
-        for term in TERMS
-        if term.weight is not None and loss[term.weight]
+        f"{getattr(loss, term.weight):g} × {term.formula.format_map(keys)}"
+        for term in minimised_terms()
+        if term.is_weighted(loss)
     ]
-    weighted = "" if loss["lexical_weight"] == 1 else f"; words with relations weigh {loss['lexical_weight']:g}"
-    share = loss.get("position_share", 1)
+    weighted = f"; words with relations weigh {loss.lexical_weight:g}" if loss.reads("lexical_marks") else ""
+    share = loss.position_share
     drawn = "" if share == 1 else f"; at {100 * share:g} % of the positions, drawn at random in each step"
     return f"{' + '.join(terms)}{weighted}{drawn}"
 

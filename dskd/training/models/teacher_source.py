@@ -151,7 +151,7 @@ def as_annotated(config: Config, shards: Manifest | None) -> Config:
 
 def reads_logits(kind: Kind, loss: LossConfig) -> bool:
     """Returns True if the head computes the teacher's logits from its states, for which it needs its output matrix."""
-    return kind in ("loaded", "states") and loss.kd_weight > 0
+    return kind in ("loaded", "states") and loss.reads("teacher_probabilities")
 
 
 def require_states(config: Config, source: TeacherSource) -> None:
@@ -167,11 +167,10 @@ def require_states(config: Config, source: TeacherSource) -> None:
             f"were made without them; make them again with `{kinds.SHARDS.made_by}`, or set "
             "teacher.mode to zero3"
         )
-    if source.kind == "top_n" and (loss.hidden_weight or loss.compares_sense_distributions):
-        reader = f"loss.hidden_weight {loss.hidden_weight:g}" if loss.hidden_weight else "loss.sense_form: distribution"
+    if source.kind == "top_n" and (readers := loss.keys_that_read("teacher_states")):
         raise UserError(
-            f"{config.path(kinds.SHARDS.folder, 'train')}: the shards have no teacher_states, which {reader} reads "
-            f"with teacher.mode: cached; make the shards again with `{kinds.SHARDS.made_by}` and annotation.store: "
+            f"{config.path(kinds.SHARDS.folder, 'train')}: the shards have no teacher_states, which teacher.mode: "
+            f"cached reads for {readers}; make the shards again with `{kinds.SHARDS.made_by}` and annotation.store: "
             "[teacher_states], or set teacher.mode to zero3"
         )
 
@@ -194,8 +193,9 @@ def source_of_fit(config: Config, source: TeacherSource) -> TeacherSource:
         return TeacherSource("loaded", source.stored)
     raise UserError(
         f"{config.path(kinds.SHARDS.folder, 'train')}: the shards have no teacher_states. The student's states have "
-        "another width than the teacher's, and the map between them, for loss.sense_weight and loss.hidden_weight, "
-        "starts from a fit to the teacher's states, which teacher.mode: cached reads from the shards; make them again "
+        "another width than the teacher's, and the map between them, for "
+        f"{config.loss.keys_that_read('sense_rows', 'teacher_states')}, starts from a fit to the teacher's states, "
+        "which teacher.mode: cached reads from the shards; make them again "
         f"with `{kinds.SHARDS.made_by}` and annotation.store: [teacher_states], or set teacher.mode to zero3"
     )
 
