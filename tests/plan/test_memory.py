@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from forked_rank import run_launcher
@@ -20,8 +21,12 @@ from dskd.plan.architecture import Architecture
 from dskd.plan.gathering import gather
 from dskd.plan.known_models import KNOWN_MODELS
 from dskd.plan.live_bytes import LiveBytes
+from dskd.plan.memory import batch_of
 from dskd.plan.plan import make_plan
 from dskd.plan.shapes import Shapes, Weight, plan_student
+from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS
+from dskd.training.collator import _name_rows
+from dskd.training.distribution_candidates import CandidateRows
 
 
 @pytest.mark.parametrize(
@@ -184,6 +189,31 @@ def test_a_share_of_the_positions_takes_less_memory_in_the_loss_alone(tmp_path):
     assert (half.kept, half.forward) == (every.kept, every.forward)
     of_states = 3 * 2 * 8 * LLAMA["hidden_size"] * 2  # of bf16
     assert every.loss - half.loss == pytest.approx(of_states, rel=0.15)  # and a few numbers of each position
+
+
+@pytest.mark.parametrize("overrides", [(), ("loss.sense_form=distribution", "loss.sense_candidates=[own, random]")])
+def test_the_planned_inputs_of_the_sense_loss_have_the_shapes_that_the_collator_brings(tmp_path, overrides):
+    config = config_of(tmp_path, "annotation.kappa=5", "train.sense_bank=device", "loss.min_relations=3", *overrides)
+    batch = batch_of(config, 1, relations=3 / 16)
+    planned = activations.loaded_tensors(batch, 32, torch.float32)["senses"]
+    rows = {name: np.arange(80).reshape(16, 5) for name in (OWN_ROWS, SYNONYM_ROWS, ANTONYM_ROWS)}
+    candidates = CandidateRows.of(config.loss, 0, 10**9) if overrides else None
+    brought = _name_rows([{**rows, "step": 1}], 16, [(np.arange(3), np.arange(3, 6))], candidates)
+    assert {name: tuple(tensor.shape) for name, tensor in planned.items()} == {
+        name: values.shape for part in brought for name, values in part.items()
+    }
+
+
+def test_a_plan_with_sense_distributions_counts_their_candidates(tmp_path):
+    small, large = (
+        make_plan(
+            config_of(tmp_path, "loss.sense_form=distribution", f"loss.sense_random_candidates={count}"),
+            cluster_of(1),
+            Architecture(json.dumps(LLAMA), "llama"),
+        ).memory.gpu
+        for count in (128, 4096)
+    )
+    assert large.loss > small.loss
 
 
 def test_the_optimizer_takes_sixteen_bytes_for_each_trained_element(tmp_path):
