@@ -53,9 +53,9 @@ def write_report(folder: Path, preset: str) -> None:
 
 
 def _where(result: Mapping[str, Any]) -> str:
-    found = result["machine"]
-    named = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items() if name != "date")
-    return f"{found['date']}, {named}; {result['seconds']:.0f} s."
+    machine = result["machine"]
+    named = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine.items() if name != "date")
+    return f"{machine['date']}, {named}; {result['seconds']:.0f} s."
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

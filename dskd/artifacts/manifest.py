@@ -146,14 +146,14 @@ def verify_files(
             )
 
 
-def require_same(what: str, *, expected: str | None, found: str | None, between: str, remedy: str) -> None:
+def require_same(what: str, *, expected: str | None, actual: str | None, between: str, remedy: str) -> None:
     """Checks that two artifacts were made from the same input.
 
     Raises:
-        UserError: naming both sides, if `expected` and `found` differ.
+        UserError: naming both sides, if `expected` and `actual` differ.
     """
-    if expected != found:
-        raise UserError(f"{between}: made with different {what} ({_short(expected)} and {_short(found)}); {remedy}")
+    if expected != actual:
+        raise UserError(f"{between}: made with different {what} ({_short(expected)} and {_short(actual)}); {remedy}")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -48,15 +48,15 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     merged = with_run(merge(data, changes))
     seed_problems = _seed_problems(merged, data, changes)
     merged, run_problems = apply_run(with_seeds(merged), changes)
-    found = [*seed_problems, *run_problems]
+    messages = [*seed_problems, *run_problems]
     try:
         config = Config.model_validate_json(json.dumps(merged, default=str))
     except ValidationError as invalid:
-        keys = {key for key, _ in found}
-        found += [(key, message) for key, message in explain(invalid.errors(), merged) if key not in keys]
-    for key, message in found:
-        place, start = _locate(path, lines, overridden, overrides, key)
-        problems.append((place, f"{start}{message}"))
+        keys = {key for key, _ in messages}
+        messages += [(key, message) for key, message in explain(invalid.errors(), merged) if key not in keys]
+    for key, message in messages:
+        location, start = _locate(path, lines, overridden, overrides, key)
+        problems.append((location, f"{start}{message}"))
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         texts = [text for _, text in sorted(problems, key=lambda problem: problem[0])]

@@ -141,20 +141,20 @@ class _Search:
         self.left_out: Counter[str] = Counter()
         self.left_out_bytes: Counter[Path] = Counter()
 
-    def below(self, places: Iterable[Path]) -> set[Path]:
-        """Returns the files with text among `places` and in the folders among them."""
+    def below(self, paths: Iterable[Path]) -> set[Path]:
+        """Returns the files with text among `paths` and in the folders among them."""
         texts: set[Path] = set()
-        for place in places:
-            if self._excluded is not None and _real(place).is_relative_to(self._excluded):
+        for path in paths:
+            if self._excluded is not None and _real(path).is_relative_to(self._excluded):
                 continue
-            if place.is_dir():
-                texts |= self._in_folder(place)
-            elif place.is_symlink() and not place.exists():
-                self._problems.append(f"{self._key}: {place} is a broken link")
-            elif not _is_readable(place):
-                self._problems.append(f"{self._key}: {place}: expected {READABLE}")
+            if path.is_dir():
+                texts |= self._in_folder(path)
+            elif path.is_symlink() and not path.exists():
+                self._problems.append(f"{self._key}: {path} is a broken link")
+            elif not _is_readable(path):
+                self._problems.append(f"{self._key}: {path}: expected {READABLE}")
             else:
-                texts |= self._text_of([place])
+                texts |= self._text_of([path])
         return texts
 
     def _in_folder(self, folder: Path) -> set[Path]:
@@ -165,17 +165,17 @@ class _Search:
         def report(error: OSError) -> None:
             self._problems.append(f"{self._key}: {error.filename}: cannot be read ({error.strerror})")
 
-        for place, folders, names in os.walk(folder, followlinks=True, onerror=report):
-            status = os.stat(place)  # noqa: PTH116
-            is_excluded = self._excluded is not None and _real(Path(place)) == self._excluded
+        for directory, folders, names in os.walk(folder, followlinks=True, onerror=report):
+            status = os.stat(directory)  # noqa: PTH116
+            is_excluded = self._excluded is not None and _real(Path(directory)) == self._excluded
             if is_excluded or (status.st_dev, status.st_ino) in visited:  # the latter: a link back
                 folders.clear()
                 continue
             visited.add((status.st_dev, status.st_ino))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            visible = [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+            visible = [Path(directory, name) for name in sorted(names) if not name.startswith(".")]
             if DATASET_SPLITS in names:
-                self._choose_split(Path(place), folders)
+                self._choose_split(Path(directory), folders)
             dangling = [file for file in visible if file.is_symlink() and not file.exists()]
             self._problems += [f"{self._key}: {file} is a broken link" for file in dangling if _has_ending(file)]
             texts |= self._text_of(file for file in visible if file.is_file())

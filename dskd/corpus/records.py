@@ -61,13 +61,13 @@ def read_json(path: Path, decoder: json.JSONDecoder | None = None) -> Iterator[t
         yield from numbered
 
 
-def text_of(record: Any, text_field: str, place: str) -> str | None:
+def text_of(record: Any, text_field: str, location: str) -> str | None:
     """Returns the text of a record, or None if it is null. If there is none under `text_field`, the UserError says what
     the record has instead.
     """
     if isinstance(record, dict) and text_field in record and isinstance(record[text_field], str | None):
         return record[text_field]
-    expected = f"{place}: expected an object with a text under {text_field!r}, but"
+    expected = f"{location}: expected an object with a text under {text_field!r}, but"
     if isinstance(record, list) and (is_chat(record) or (record and all(map(is_chat, record)))):
         raise UserError(f"{expected} this is a chat: a list of {len(record)}. {_READ_CHATS}")
     if is_chat([record]):

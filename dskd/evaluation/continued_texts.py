@@ -88,11 +88,11 @@ class Prompts:
             model_config = model.load_config()
             limit, size = position_limit(model_config), vocabulary_size(model_config)
             for number, request in enumerate(requests):
-                place = f"evaluation.prompts[{number}]"
-                require_known(request.tokens, size, model.tokenizer, f"{place} for {model.path}")
+                key = f"evaluation.prompts[{number}]"
+                require_known(request.tokens, size, model.tokenizer, f"{key} for {model.path}")
                 if limit is not None and len(request.tokens) + added > limit:
                     raise UserError(
-                        f"{place}: its {len(request.tokens)} tokens, with the chat template's, and the {added} of "
+                        f"{key}: its {len(request.tokens)} tokens, with the chat template's, and the {added} of "
                         f"evaluation.sample_tokens are more than the {limit} positions of {model.path}; shorten the "
                         "prompt, or lower evaluation.sample_tokens"
                     )

@@ -19,13 +19,13 @@ _NEIGHBOURS, _CONTEXTS, _SCAN = 4, 1, 2000
 _LARGEST_SEARCH = 5 * 10**8  # elements of a dictionary that is searched for neighbours: a second or two
 
 
-def describe_examples(config: Config, found: ModelFolder | None = None) -> str:
+def describe_examples(config: Config, folder: ModelFolder | None = None) -> str:
     """Returns the senses of a few words as text, of those that :func:`choose_words` chooses.
 
-    `found` is the teacher, if it was found before. Returns an empty text if there is no such word. Raises a UserError
+    `folder` is the teacher, if it was found before. Returns an empty text if there is no such word. Raises a UserError
     without a dictionary or the teacher.
     """
-    teacher = open_teacher(config, found)
+    teacher = open_teacher(config, folder)
     dictionary, _ = load_fitting_dictionary(config, teacher.folder)
     words = choose_words(dictionary, teacher, _WORDS)
     is_small = dictionary.num_rows * dictionary.hidden_size <= _LARGEST_SEARCH

@@ -78,8 +78,8 @@ def format_shards(checked: list[CheckedShards]) -> str:
 def _compare(folder: Path, manifest: Manifest, advance: Callable[[int], Any]) -> Iterator[str | None]:
     """Yields a line for each changed file or sample, and None for each unchanged file that has hashes of samples."""
     # The index comes first, because the other hashes are in it.
-    found = hash_files(folder, only={INDEX: {}})[INDEX]["sha256"]
-    if found != manifest.files[INDEX]["sha256"]:
+    digest = hash_files(folder, only={INDEX: {}})[INDEX]["sha256"]
+    if digest != manifest.files[INDEX]["sha256"]:
         yield f"{folder / INDEX}: the content is not what the manifest says, so the shards' hashes are unknown"
         return
     by_sample: dict[str, tuple[Mapping[str, Any], int]] = {}  # {file: its shard, number of samples before it}
