@@ -43,11 +43,11 @@ from dskd.shards.schema import LARGEST_SHARD, TEACHER_STATES, TRUNK_STATES, Stor
 from dskd.shards.stored_states import columns_of_states, plan_stored
 from dskd.shards.writing import write_block
 from dskd.students.student import build_student
+from dskd.training.data.loader import load_steps
+from dskd.training.data.packed_step import StepBatches
 from dskd.training.freed_memory import keep_freed_memory
 from dskd.training.inputs import build_collator, load_inputs, load_sense_bank
-from dskd.training.loader import load_steps
-from dskd.training.packed_step import StepBatches
-from dskd.training.pair import load_pair
+from dskd.training.models.pair import load_pair
 from dskd.training.schedule import plan_schedule
 from dskd.training.step import StepResult, train_step
 

@@ -46,7 +46,8 @@ from dskd.shards.recipe import open_inputs, stale_splits
 from dskd.students import student
 from dskd.students.copies import copies_are_current
 from dskd.students.spacing import require_layers
-from dskd.training import checkpoint, inputs, teacher_from_scratch
+from dskd.training import inputs, teacher_from_scratch
+from dskd.training.checkpoints import checkpoint
 from dskd.training.exporting import export
 
 LOCK = ".pipeline.lock"  # in the work directory

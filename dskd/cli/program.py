@@ -245,7 +245,7 @@ def run_on_ranks(args: argparse.Namespace, action: Callable[[Config, World], obj
     finally:
         ignore()
         # Otherwise Python would wait for the workers: a loader's worker can hang in mosaicml-streaming after a shard
-        # that it could not fetch, and ignores the TERM by which Python ends it (see dskd/training/loader.py).
+        # that it could not fetch, and ignores the TERM by which Python ends it (see dskd/training/data/loader.py).
         for worker in multiprocessing.active_children():
             worker.kill()
     # Threads of gloo can still hold tensors when the interpreter shuts down, and then abort a process that has finished

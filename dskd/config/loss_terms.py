@@ -25,8 +25,8 @@ class Term:
     """A number that the output head sums over positions, and that is reported as a mean."""
 
     name: str
-    # A number of positions (:class:`dskd.training.packed_step.Counts`), or a sum of the head. A minimised term, too, is
-    # divided by it, so there it is a field of :class:`dskd.losses.head.Normalizers`.
+    # A number of positions (:class:`dskd.training.data.packed_step.Counts`), or a sum of the head. A minimised term,
+    # too, is divided by it, so there it is a field of :class:`dskd.losses.head.Normalizers`.
     mean_over: str
     label: str  # in pictures and comparisons
     weight: str  # the key of `loss` with its weight; of a part or an indicator, with the weight of its term

@@ -127,7 +127,7 @@ class DistillationHead(nn.Module):
                 (:mod:`dskd.losses.sense_distance`), with positions as indices into B·T.
             token_weights: [B, T], the weight of each position in CE and KL; None means 1 everywhere.
             mapped: [B, T, D'], the states at the teacher's width, which the hidden and the sense term then read instead
-                of `hidden` (:mod:`dskd.training.width_map`).
+                of `hidden` (:mod:`dskd.training.models.width_map`).
 
         Returns:
             A scalar, and the detached sums [len(SUMS)] float32 of the terms over this rank's micro-batch, without

@@ -25,7 +25,7 @@ from dskd.plan.architecture import Architecture
 from dskd.plan.live_bytes import LiveBytes
 from dskd.plan.running import Way, find_way, materialize, without_values
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
-from dskd.training.width_map import build_width_map, has_width_map
+from dskd.training.models.width_map import build_width_map, has_width_map
 
 _ATTENTION = "dskd_plan"
 _TEACHER_LAYERS = 2  # without gradients a layer keeps nothing, so more layers take no more memory
@@ -186,9 +186,10 @@ def _mask(batch: Batch, way: Way) -> dict[str, torch.Tensor]:
 
 
 def loaded_tensors(batch: Batch, hidden_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Returns tensors like those that the loader brings for a micro-batch (:class:`dskd.training.collator.Collator`).
+    """Returns tensors like those that the loader brings for a micro-batch.
 
-    `sense_rows` is not among them if the device holds the whole dictionary. Stored states have type `dtype`.
+    :class:`dskd.training.data.collator.Collator` makes those. `sense_rows` is not among them if the device holds the
+    whole dictionary. Stored states have type `dtype`.
     """
     shape, positions, kappa = (batch.size, batch.length), batch.sense_positions, batch.kappa
     loaded: dict[str, Any] = {

@@ -10,7 +10,7 @@ from dskd.plan.shapes import Shapes, Student
 from dskd.plan.stored import stored_in_shards
 from dskd.senses.dictionary import VALUE_BYTES
 from dskd.shards import StoredStates, sample_bytes
-from dskd.training.checkpoint_writing import ELEMENT_BYTES
+from dskd.training.checkpoints.writing import ELEMENT_BYTES
 
 
 @dataclass(frozen=True)

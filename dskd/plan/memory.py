@@ -26,13 +26,13 @@ from dskd.plan.stored import columns_read, loads_teacher, reads_states
 from dskd.senses.dictionary import VALUE_BYTES
 from dskd.shards import TRUNK_STATES
 from dskd.shards.blocks import SAMPLES_PER_SHARD
-from dskd.training.checkpoint_writing import EXPORTED_BYTES
-from dskd.training.distribution_candidates import most_candidates
-from dskd.training.loader import COMPLETED_STEPS, PREFETCHED_STEPS
-from dskd.training.positions import SensePositions
-from dskd.training.sense_bank import bank_is_on_device
-from dskd.training.student import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, REDUCE_BUCKET
-from dskd.training.teacher_source import TeacherSource
+from dskd.training.checkpoints.writing import EXPORTED_BYTES
+from dskd.training.data.distribution_candidates import most_candidates
+from dskd.training.data.loader import COMPLETED_STEPS, PREFETCHED_STEPS
+from dskd.training.data.positions import SensePositions
+from dskd.training.data.sense_bank import bank_is_on_device
+from dskd.training.models.student import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, REDUCE_BUCKET
+from dskd.training.models.teacher_source import TeacherSource
 
 # Memory of a process in addition to tensors, which is assumed, not counted: on a GPU the contexts of CUDA and NCCL, and
 # fragmented memory that the allocator cannot use; in the host's memory Python, torch and DeepSpeed.

@@ -18,8 +18,8 @@ from dskd.plan.stored import stored_in_shards
 from dskd.plan.stored_speed import StatesComparison, compare_with_stored_states
 from dskd.plan.writing import Writing, plan_writing
 from dskd.shards import StoredStates
+from dskd.training.models.teacher_source import as_annotated
 from dskd.training.schedule import count_steps, divide_batch
-from dskd.training.teacher_source import as_annotated
 
 RELATIONS = 0.2  # assumed share of targets with a synonym or antonym, if it is not known: more than WordNet gives
 

@@ -8,8 +8,8 @@ from dskd.plan.plan import Plan
 from dskd.plan.stored import columns_read, loads_teacher, reads_states
 from dskd.plan.stored_speed import StatesComparison
 from dskd.plan.writing import Writing
+from dskd.training.models.teacher_source import why_unread
 from dskd.training.schedule import describe_learning_rate
-from dskd.training.teacher_source import why_unread
 
 _PARTS = {
     "teacher": "teacher",

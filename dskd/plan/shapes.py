@@ -13,8 +13,8 @@ from dskd.plan.architecture import Architecture, architecture_of_student
 from dskd.shards import TRUNK_STATES
 from dskd.shards.stored_states import stored_trunk_depth
 from dskd.students.spacing import choose_layers, chosen_layers, require_removable
-from dskd.training.teacher_source import TeacherSource, reads_logits
-from dskd.training.width_map import has_width_map
+from dskd.training.models.teacher_source import TeacherSource, reads_logits
+from dskd.training.models.width_map import has_width_map
 
 
 @dataclass(frozen=True)

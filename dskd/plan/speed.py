@@ -18,8 +18,8 @@ from dskd.plan.gathering import Gathered
 from dskd.plan.running import experts_per_token
 from dskd.plan.shapes import Shapes, Student
 from dskd.plan.stored import columns_read, loads_teacher
-from dskd.training.teacher_source import TeacherSource, reads_logits
-from dskd.training.width_map import has_width_map
+from dskd.training.models.teacher_source import TeacherSource, reads_logits
+from dskd.training.models.width_map import has_width_map
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from dskd.random_numbers import derived_seed
 from dskd.senses.dictionary import load_dictionary, require_fitting
 from dskd.students.copies import warn_of_old_copies
 from dskd.students.student import find_student, require_configured_student
-from dskd.training.collator import Collator
-from dskd.training.distribution_candidates import CandidateRows
-from dskd.training.positions import SensePositions, TargetPositions
+from dskd.training.data.collator import Collator
+from dskd.training.data.distribution_candidates import CandidateRows
+from dskd.training.data.positions import SensePositions, TargetPositions
+from dskd.training.data.sense_bank import bank_is_on_device, load_bank
+from dskd.training.models.teacher_source import TeacherSource, require_fitting_states, require_states, source_of_fit
+from dskd.training.models.width_map import width_of_map
 from dskd.training.schedule import Schedule
-from dskd.training.sense_bank import bank_is_on_device, load_bank
-from dskd.training.teacher_source import TeacherSource, require_fitting_states, require_states, source_of_fit
-from dskd.training.width_map import width_of_map
 
 # Settings of `train` that change how a run executes but, except for rounding, not its result.
 _NOT_IN_RECIPE = {
@@ -101,7 +101,7 @@ def build_collator(
         config: the experiment.
         inputs: the run's inputs.
         schedule: its batches.
-        source: where the models read the teacher (:attr:`dskd.training.pair.ModelPair.source`), if it is not
+        source: where the models read the teacher (:attr:`dskd.training.models.pair.ModelPair.source`), if it is not
             `inputs.source`.
     """
     loss, source = config.loss, source or inputs.source

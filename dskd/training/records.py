@@ -13,7 +13,7 @@ from dskd.losses.terms import LOSS_METRIC, TERMS
 from dskd.models.running.precision import compute_dtype
 from dskd.tracking import Tracker, describe_dataset, git_commit
 from dskd.training.inputs import TrainingInputs
-from dskd.training.pair import ModelPair
+from dskd.training.models.pair import ModelPair
 from dskd.training.run import Run
 from dskd.training.schedule import Schedule, describe_learning_rate
 from dskd.training.step import Step, StepResult

@@ -17,8 +17,8 @@ from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
 from dskd.losses.terms import SUMS, TERMS, minimised_terms
-from dskd.training.packed_step import Counts, StepBatches, loss_positions
-from dskd.training.pair import ModelPair
+from dskd.training.data.packed_step import Counts, StepBatches, loss_positions
+from dskd.training.models.pair import ModelPair
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from config_files import MINIMAL, write_config
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.errors import UserError
-from dskd.training.teacher_source import TeacherSource
+from dskd.training.models.teacher_source import TeacherSource
 
 NEW = {"layers": 2, "hidden_size": 32, "heads": 4}
 TRAINED_PARTS = ("train_embeddings", "train_final_norm", "train_lm_head")

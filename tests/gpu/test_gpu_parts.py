@@ -23,9 +23,9 @@ from dskd.models.files.stored_names import base_model
 from dskd.models.running.frozen import Decoder
 from dskd.models.running.sampling import Sampling, load_sampler
 from dskd.students.measuring import measure_importance
-from dskd.training.sense_bank import free_bytes, load_bank, require_room
+from dskd.training.data.sense_bank import free_bytes, load_bank, require_room
+from dskd.training.models.width_map import StateSums
 from dskd.training.teacher_from_scratch import build_llama, train_model
-from dskd.training.width_map import StateSums
 
 pytestmark = pytest.mark.slow
 

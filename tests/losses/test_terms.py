@@ -13,7 +13,7 @@ from dskd.compare import metrics, wording
 from dskd.config import LossConfig
 from dskd.distributed.world import World
 from dskd.losses.terms import SUMS, TERMS, curve_titles
-from dskd.training.packed_step import Counts
+from dskd.training.data.packed_step import Counts
 from dskd.training.step import _means, _normalizers
 
 
@@ -85,11 +85,11 @@ from dskd.compare import metrics, wording
 from dskd.distributed.world import World
 from dskd.losses.terms import SUMS, curve_titles
 from dskd.training.exporting import card
-from dskd.training.packed_step import Counts
+from dskd.training.data.packed_step import Counts
 from dskd.training.records import metrics_of
-from dskd.training.sense_bank import bank_is_on_device
+from dskd.training.data.sense_bank import bank_is_on_device
 from dskd.training.step import Step, StepResult, _means, _normalizers
-from dskd.training.teacher_source import TeacherSource, reads_logits
+from dskd.training.models.teacher_source import TeacherSource, reads_logits
 
 counts = Counts(targets=8, senses=5, relations=3, lexical=0, tokens=9)
 step = Step(1, None, 0.1, 0.0, 0.0, False, False)

@@ -25,8 +25,8 @@ from dskd.plan.memory import batch_of
 from dskd.plan.plan import make_plan
 from dskd.plan.shapes import Shapes, Weight, plan_student
 from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS
-from dskd.training.collator import _name_rows
-from dskd.training.distribution_candidates import CandidateRows
+from dskd.training.data.collator import _name_rows
+from dskd.training.data.distribution_candidates import CandidateRows
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,8 @@ from dskd.models.structure.final_norm import final_norm_names
 from dskd.models.structure.layers import layers_of
 from dskd.students.student import build_student, find_student
 from dskd.training.exporting.rehearsal import rehearse_export
-from dskd.training.pair import load_pair
-from dskd.training.teacher_source import TeacherSource
+from dskd.training.models.pair import load_pair
+from dskd.training.models.teacher_source import TeacherSource
 
 LENGTH = 80  # longer than windows and chunks, and than the positions for which rotary factors change
 DOCUMENTS = 16  # short enough that packed documents reach neither chunks nor positions with other rotary factors

@@ -4,8 +4,8 @@ from dskd.config import Config
 from dskd.distributed.world import World
 from dskd.models.files.folder import find_teacher
 from dskd.students.student import find_student
-from dskd.training.pair import ModelPair, load_pair
-from dskd.training.teacher_source import TeacherSource
+from dskd.training.models.pair import ModelPair, load_pair
+from dskd.training.models.teacher_source import TeacherSource
 
 
 def load_models(config: Config, world: World) -> ModelPair:

@@ -37,13 +37,13 @@ from dskd.shards.continuations import Continuer
 from dskd.shards.text_reader import TextReader
 from dskd.tracking import start_tracking
 from dskd.tracking.client import load_mlflow
-from dskd.training.packed_step import StepBatches, count_positions
-from dskd.training.pair import ModelPair
+from dskd.training.data.packed_step import StepBatches, count_positions
+from dskd.training.models.pair import ModelPair
+from dskd.training.models.student import load_student
+from dskd.training.models.teacher_source import TeacherSource
+from dskd.training.models.width_map import width_of_map
 from dskd.training.step import train_step
-from dskd.training.student import load_student
-from dskd.training.teacher_source import TeacherSource
 from dskd.training.width_fit import set_width_map
-from dskd.training.width_map import width_of_map
 
 
 def _die_in_hashing(folder: Path, only: object = None, **options: object) -> dict:

@@ -26,11 +26,12 @@ from dskd.errors import UserError
 from dskd.shards.annotate import annotate
 from dskd.students.student import build_student
 from dskd.tracking import read_history, read_runs
-from dskd.training import checkpoint, inputs
+from dskd.training import inputs
+from dskd.training.checkpoints import checkpoint
+from dskd.training.data.loader import shorter_shards_named
 from dskd.training.exporting.export import build_export
-from dskd.training.loader import shorter_shards_named
+from dskd.training.models.teacher_source import TeacherSource, as_annotated
 from dskd.training.status import report_status
-from dskd.training.teacher_source import TeacherSource, as_annotated
 from dskd.training.train import train
 
 pytestmark = pytest.mark.slow

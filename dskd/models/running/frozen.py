@@ -1,7 +1,7 @@
 """The frozen model, which is run but never trained, as the teacher is; and the decoder without a head.
 
 A frozen model is either a ZeRO-3 engine without an optimizer or, with `teacher.mode: resident`, an ordinary model of
-transformers that every rank holds whole. The student is in :mod:`dskd.training.student`.
+transformers that every rank holds whole. The student is in :mod:`dskd.training.models.student`.
 
 Decoders return last hidden states, after the final norm. Logits are computed chunk by chunk, inside the module that
 owns the output matrix. Shapes: B batch, T tokens, D hidden, V vocabulary.

@@ -6,7 +6,8 @@ runs (:class:`HandOver`), in training or in annotation, which stores it, and the
 only. The paper does not do this; it does not change the paper's results.
 
 Whether the trunk is exact depends on which parameters are trained (:func:`trunk_depth`) and on the architecture: some
-architectures scale or change the input of their lowest layer. :mod:`dskd.training.trunk_check` runs both to detect it.
+architectures scale or change the input of their lowest layer. To detect it, :mod:`dskd.training.models.trunk_check`
+runs both.
 """
 
 from collections.abc import Sequence

@@ -19,7 +19,7 @@ from dskd.models.files.digests import digest_cache, digest_of_model
 from dskd.models.files.folder import ModelFolder, check_model_folder, find_teacher
 from dskd.models.gguf.known_files import HUB_NAMES
 from dskd.students.student import origin_of
-from dskd.training.checkpoint import Checkpoint
+from dskd.training.checkpoints.checkpoint import Checkpoint
 from dskd.training.exporting.licences import is_link, licence_in_card, licence_link, one_line
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

@@ -27,7 +27,7 @@ from dskd.models.files.weights import TensorReader, write_weights
 from dskd.models.structure.causal_lm import empty_model
 from dskd.students.student import find_student, open_made_model
 from dskd.tracking import forget_unlogged, log_export, note_unlogged, read_unlogged
-from dskd.training import checkpoint
+from dskd.training.checkpoints import checkpoint
 from dskd.training.exporting import card
 from dskd.training.exporting.card_facts import collect_facts, find_source_teacher
 from dskd.training.exporting.files import add_licence_texts, copy_files, copy_licences

@@ -20,7 +20,7 @@ from dskd.models.checks.probes import check_documents
 from dskd.models.files.folder import ModelFolder, find_teacher
 from dskd.models.files.stored_names import base_model
 from dskd.models.running.frozen import Decoder, load_frozen
-from dskd.training.student import load_student
+from dskd.training.models.student import load_student
 
 
 def _config(tmp_path, **sections):

@@ -15,7 +15,7 @@ from dskd.evaluation.evaluations import HELD_OUT
 from dskd.models.files import smollm2
 from dskd.models.files.digests import digest_of_model
 from dskd.models.files.folder import ModelFolder
-from dskd.training.checkpoint import Checkpoint
+from dskd.training.checkpoints.checkpoint import Checkpoint
 from dskd.training.exporting.card import Result, render_card, write_card
 from dskd.training.exporting.card_facts import _of_gguf, _student, _text, describe_teacher, find_source_teacher
 from dskd.training.exporting.licences import licence_in_card, obligations

@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import save_file
 
 from dskd.config import LossConfig
-from dskd.training.collator import Collator
-from dskd.training.distribution_candidates import CandidateRows
-from dskd.training.positions import SensePositions
+from dskd.training.data.collator import Collator
+from dskd.training.data.distribution_candidates import CandidateRows
+from dskd.training.data.positions import SensePositions
 
 T, K, ROWS, STEP = 16, 3, 40, 5
 ALL = ("own", "synonym", "antonym", "random")

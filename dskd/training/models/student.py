@@ -29,7 +29,7 @@ from dskd.models.running.precision import compute_dtype
 from dskd.models.structure.causal_lm import MAX_LIVE, build_sharded, empty_model, engine_settings
 from dskd.models.structure.output_head import LogitTransform
 from dskd.models.structure.trained import choose_trained
-from dskd.training.width_map import build_width_map
+from dskd.training.models.width_map import build_width_map
 
 # Bytes that DeepSpeed holds for each trained element, all in float32: the weight, AdamW's two moments, and the sum of
 # gradients over micro-batches.
@@ -115,8 +115,8 @@ def load_student(
         trunk_depth: number of lowest layers whose result the inputs are; if not 0, neither these layers nor the
             embeddings are loaded.
         load_universal: the engine will resume from a checkpoint in DeepSpeed's universal form
-            (:mod:`dskd.training.universal_checkpoint`).
-        mapped_width: the width to which the states are mapped (:mod:`dskd.training.width_map`); None: they are not.
+            (:mod:`dskd.training.checkpoints.universal`).
+        mapped_width: the width to which :mod:`dskd.training.models.width_map` maps the states; None: it maps none.
 
     Raises:
         UserError: if weights are missing, nothing would be trained, or sequences hold several documents and the model

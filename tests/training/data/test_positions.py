@@ -4,7 +4,7 @@ import torch
 from shard_samples import T, make_sample
 
 from dskd.random_numbers import random_bits
-from dskd.training.positions import SensePositions, TargetPositions, _lowest, draw_share
+from dskd.training.data.positions import SensePositions, TargetPositions, _lowest, draw_share
 
 
 @pytest.mark.parametrize(

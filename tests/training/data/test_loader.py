@@ -16,12 +16,12 @@ from dskd import shards
 from dskd.artifacts.tensor_file import map_tensor
 from dskd.errors import UserError
 from dskd.shards import require_teacher_cache
-from dskd.training.collator import Collator
-from dskd.training.distribution_candidates import CandidateRows
-from dskd.training.loader import _steps_in
-from dskd.training.packed_step import Blocks, Counts, CudaCopier, PackedStep, copy_ahead, count_positions
-from dskd.training.positions import SensePositions
-from dskd.training.sense_bank import copy_in_pieces, load_bank, require_room
+from dskd.training.data.collator import Collator
+from dskd.training.data.distribution_candidates import CandidateRows
+from dskd.training.data.loader import _steps_in
+from dskd.training.data.packed_step import Blocks, Counts, CudaCopier, PackedStep, copy_ahead, count_positions
+from dskd.training.data.positions import SensePositions
+from dskd.training.data.sense_bank import copy_in_pieces, load_bank, require_room
 
 
 @pytest.fixture(scope="module")

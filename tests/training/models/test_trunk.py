@@ -21,8 +21,8 @@ from dskd.errors import UserError
 from dskd.losses.head import Normalizers
 from dskd.models.structure.trunk import TrunkError, trunk_depth
 from dskd.students.student import build_student, find_student
-from dskd.training.teacher_source import TeacherSource
-from dskd.training.trunk_check import run_trunk_once
+from dskd.training.models.teacher_source import TeacherSource
+from dskd.training.models.trunk_check import run_trunk_once
 
 
 def _config(folder, **sections):

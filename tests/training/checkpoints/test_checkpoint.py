@@ -17,10 +17,10 @@ from dskd.artifacts import kinds
 from dskd.artifacts.lock import release_lock
 from dskd.config.reading import load_config
 from dskd.errors import UserError
-from dskd.training import checkpoint, checkpoint_writing
+from dskd.training.checkpoints import checkpoint, writing
+from dskd.training.checkpoints.universal import make_universal, no_pickles
 from dskd.training.status import report_status
 from dskd.training.train import train
-from dskd.training.universal_checkpoint import make_universal, no_pickles
 
 pytestmark = pytest.mark.slow
 
@@ -216,8 +216,8 @@ def test_space_for_the_universal_form_is_checked_before_anything_is_written(copy
 def test_a_full_disk_is_reported_before_anything_is_trained(copy_of_tiny, world, monkeypatch):
     config = load_config(copy_of_tiny(*BEFORE_TRAINING, "checkpoints"), ["tracking.enabled=false"])
     sizes = []
-    real = checkpoint_writing.required_bytes
-    monkeypatch.setattr(checkpoint_writing, "required_bytes", lambda engine: sizes.append(real(engine)) or 10**18)
+    real = writing.required_bytes
+    monkeypatch.setattr(writing, "required_bytes", lambda engine: sizes.append(real(engine)) or 10**18)
     with pytest.raises(UserError, match=r"for a checkpoint: 931,322,574.62 GB are needed, but only .*--resume"):
         train(config, world, overwrite=True)
     newest = checkpoint.latest(config)

@@ -21,8 +21,8 @@ from dskd.errors import UserError
 from dskd.shards import COLUMNS, join_blocks
 from dskd.shards.sample_files import SampleReader
 from dskd.shards.writing import write_block
-from dskd.training.collator import Collator
-from dskd.training.loader import load_steps
+from dskd.training.data.collator import Collator
+from dskd.training.data.loader import load_steps
 
 STATES = {"teacher_states": torch.bfloat16, "trunk_states": torch.float32}
 

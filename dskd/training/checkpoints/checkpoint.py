@@ -1,6 +1,7 @@
 """Checkpoints on disk: `WORKDIR/checkpoints/RUN/step-NNNNNNNN/`.
 
-This module finds, checks and compares checkpoints; :mod:`dskd.training.checkpoint_writing` writes and loads them.
+This module finds, checks and compares them; :mod:`dskd.training.checkpoints.writing` writes them, and
+:mod:`dskd.training.checkpoints.loading` loads them into an engine.
 
 A checkpoint holds
 - DeepSpeed's own files, from which training resumes;

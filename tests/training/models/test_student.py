@@ -25,7 +25,7 @@ from dskd.models.files.folder import find_teacher
 from dskd.models.structure.causal_lm import destroy_engine
 from dskd.models.structure.trained import choose_trained
 from dskd.students.student import build_student, find_student
-from dskd.training.student import load_student
+from dskd.training.models.student import load_student
 
 HEADS = {"vocab_size": 120, "n_layer": 2, "n_head": 4}
 

@@ -1,7 +1,7 @@
 """The data loader of training: turns shards into each optimizer step's micro-batches, on the device ahead of time.
 
-A worker process reads all samples of a rank's step, collates them (:class:`dskd.training.collator.Collator`) and sends
-them as one buffer. A step thus needs one segment of shared memory, one pinned block and one copy to the device,
+A worker process reads all samples of a rank's step, collates them (:class:`dskd.training.data.collator.Collator`) and
+sends them as one buffer. A step thus needs one segment of shared memory, one pinned block and one copy to the device,
 regardless of its number of micro-batches and tensors. While a step runs, the next is copied on a separate CUDA stream.
 
 Stored states and sense rows do not pass through a worker: a thread of the rank copies them from their files into the
@@ -32,7 +32,7 @@ from dskd.distributed import stopping
 from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError, reason_of
 from dskd.random_numbers import derived_seed
-from dskd.training.packed_step import Blocks, CudaCopier, FileReader, PackedStep, StepBatches, copy_ahead
+from dskd.training.data.packed_step import Blocks, CudaCopier, FileReader, PackedStep, StepBatches, copy_ahead
 from dskd.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ def load_steps(
         cache: the node's folder for unpacked shards.
         world: the ranks.
         start_step: the first step to yield, counted from 0.
-        sense_bank: [R, D], all sense embeddings on the device (:func:`dskd.training.sense_bank.load_bank`); None if
-            batches bring their own rows.
+        sense_bank: [R, D], all sense embeddings on the device (:func:`dskd.training.data.sense_bank.load_bank`); None
+            if batches bring their own rows.
     """
     dataset = shards.open_shards(
         config,

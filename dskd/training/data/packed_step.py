@@ -37,7 +37,7 @@ class Counts(NamedTuple):
 class StepBatches:
     """The micro-batches that one rank runs in one optimizer step."""
 
-    # Made by :class:`dskd.training.collator.Collator`; on the device, except for `sample_ids`.
+    # Made by :class:`dskd.training.data.collator.Collator`; on the device, except for `sample_ids`.
     micro_batches: list[dict[str, Any]]
     counts: Counts  # of this rank
 

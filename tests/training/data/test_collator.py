@@ -3,9 +3,9 @@ import torch
 from safetensors.torch import save_file
 from shard_samples import K, T, make_ragged, make_sample
 
-from dskd.training.collator import Collator
-from dskd.training.packed_step import count_positions
-from dskd.training.positions import SensePositions, TargetPositions
+from dskd.training.data.collator import Collator
+from dskd.training.data.packed_step import count_positions
+from dskd.training.data.positions import SensePositions, TargetPositions
 
 
 def _vectors(folder):

@@ -17,9 +17,9 @@ import torch
 from dskd.senses.dictionary import map_vectors
 from dskd.shards.batches import collate_tokens, used_rows
 from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS, TEACHER_COLUMNS
-from dskd.training.distribution_candidates import CandidateRows
-from dskd.training.packed_step import RowsInFiles, RowsOfDictionary
-from dskd.training.positions import SensePositions, TargetPositions, is_lexical
+from dskd.training.data.distribution_candidates import CandidateRows
+from dskd.training.data.packed_step import RowsInFiles, RowsOfDictionary
+from dskd.training.data.positions import SensePositions, TargetPositions, is_lexical
 
 _LENGTH_MULTIPLE = 8  # of a micro-batch's length: tensor cores are fastest on multiples of 8
 
@@ -73,8 +73,8 @@ class Collator:
 
         `senses`: the arguments of :func:`dskd.losses.sense_distance.sense_loss` or, with `candidates`, of
         :func:`dskd.losses.sense_distribution.sense_divergence`, with positions into B·T. `sense_rows` [R, D] is a
-        :class:`dskd.training.packed_step.RowsOfDictionary`. Without `vectors_path`, it is not among them, and indices
-        are row numbers of the dictionary.
+        :class:`dskd.training.data.packed_step.RowsOfDictionary`. Without `vectors_path`, it is not among them, and
+        indices are row numbers of the dictionary.
 
         `drawn_targets`: [B, T] bool, the positions with CE, KL and hidden-state distance.
 
@@ -82,7 +82,7 @@ class Collator:
 
         `teacher_cache`: {token_ids [B, T, n] int32, logprobs [B, T, n] float16, rest_logprob [B, T] float32}.
 
-        the columns of `states`: [B, T, D] each, as :class:`dskd.training.packed_step.RowsInFiles`.
+        the columns of `states`: [B, T, D] each, as :class:`dskd.training.data.packed_step.RowsInFiles`.
         """
         if self._vectors_path is not None and self._vectors is None:
             # Mapped here, in the worker: a memory map must not be sent to another process.

@@ -19,10 +19,10 @@ from dskd.models.running.precision import compute_dtype
 from dskd.models.structure.causal_lm import destroy_engine, fits_without_upper_layers
 from dskd.models.structure.trunk import HandOver, TrunkError, refuse_if_required, require_same_shapes, trunk_depth
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
-from dskd.training.student import load_student
-from dskd.training.teacher_source import TeacherSource, reads_logits
-from dskd.training.trunk_check import LayerRun, StoredTrunk, difference, run_counterpart, run_trunk_once
-from dskd.training.width_map import width_of_map
+from dskd.training.models.student import load_student
+from dskd.training.models.teacher_source import TeacherSource, reads_logits
+from dskd.training.models.trunk_check import LayerRun, StoredTrunk, difference, run_counterpart, run_trunk_once
+from dskd.training.models.width_map import width_of_map
 
 
 @dataclass
@@ -137,7 +137,7 @@ def load_pair(
         source: where the run reads the teacher.
         teacher: a teacher that is already loaded, for use by several pairs; only if `source` is a loaded one.
         load_universal: the student resumes from a checkpoint of another number of ranks
-            (:mod:`dskd.training.universal_checkpoint`).
+            (:mod:`dskd.training.checkpoints.universal`).
 
     Returns:
         The models. Their `source` reads no trunk from the shards if the student computes all of its layers.
