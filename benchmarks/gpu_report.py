@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dskd.console import markdown_table
+
 RESULTS, REPORT = "results.jsonl", "report.md"
 
 
@@ -59,13 +61,8 @@ def _where(result: Mapping[str, Any]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns a table of Markdown; shorter rows are filled."""
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [*cells, *[""] * (len(header) - len(cells))]
-        return f"| {' | '.join(cell.replace('|', '/') for cell in padded)} |"
-
-    return [line(header), f"|{'---|' * len(header)}", *map(line, rows)]
+    """Returns the lines of a table of Markdown; shorter rows are filled."""
+    return markdown_table(header, [[*cells, *[""] * (len(header) - len(cells))] for cells in rows]).splitlines()
 
 
 def _last_words(output: str) -> list[str]:

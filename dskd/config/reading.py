@@ -16,7 +16,7 @@ from dskd.config import Config
 from dskd.config.messages import KEYS_WITH_SECRETS, explain
 from dskd.config.runs import apply_run, merge, with_run, with_seeds
 from dskd.config.yaml_file import load_yaml, read_yaml
-from dskd.errors import UserError, listed
+from dskd.errors import UserError, counted, listed
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -58,7 +58,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         location, start = _locate(path, lines, overridden, overrides, key)
         problems.append((location, f"{start}{message}"))
     if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        count = counted(len(problems), "problem")
         texts = [text for _, text in sorted(problems, key=lambda problem: problem[0])]
         raise UserError(listed(f"{count} in the configuration", texts))
     return config

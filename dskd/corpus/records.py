@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dskd.corpus.opening import open_text
-from dskd.errors import UserError
+from dskd.errors import UserError, counted
 
 CHATS = "docs/training.md#chat-and-instruction-data"
 _READ_CHATS = f"Set corpus.source: chat, which reads chats, as {CHATS} shows"
@@ -111,7 +111,7 @@ def _chat(record: dict[str, Any]) -> str:
     for key, turns in record.items():
         if is_chat(turns):
             speaker = turns[0].get("role", turns[0].get("from"))
-            return f"{key!r} has {len(turns)} turn{'s' * (len(turns) != 1)}, the first by {speaker!r}"
+            return f"{key!r} has {counted(len(turns), 'turn')}, the first by {speaker!r}"
         if key in CHAT_KEYS and isinstance(turns, (list, dict)):
             return f"{key!r} is {'a list' if isinstance(turns, list) else 'an object'} of {len(turns)}"
         if key in CHAT_KEYS and isinstance(turns, str):

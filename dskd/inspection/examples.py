@@ -3,7 +3,7 @@
 import torch
 
 from dskd.config import Config
-from dskd.errors import UserError
+from dskd.errors import UserError, counted
 from dskd.inspection.artifacts import Teacher, open_teacher
 from dskd.inspection.tokens import token_texts
 from dskd.inspection.word import WordReport, inspect_word
@@ -86,7 +86,7 @@ def _lines(report: WordReport) -> list[str]:
     lines = [f"{report.word}: {len(senses)} senses, of {sum(sense.count for sense in senses):,} states{shown}"]
     for sense in senses[:_SENSES]:
         near = ", ".join(f"{name}{f' ({relation})' if relation else ''}" for name, _, relation in sense.neighbours)
-        states = f"{sense.count:,} state{'s' * (sense.count != 1)}"
+        states = counted(sense.count, "state")
         lines.append(f"  {states}{f'; near {near}' if near else ''}")
         lines += [f"    {context}" for context in sense.contexts]
     return lines

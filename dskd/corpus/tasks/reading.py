@@ -25,7 +25,7 @@ from dskd.artifacts.pointers import refuse_pointer
 from dskd.corpus.hub import read_rows
 from dskd.corpus.opening import COMPRESSIONS, open_text, reading_errors, without_compression
 from dskd.corpus.tasks.benchmarks import LETTERS, Benchmark, Example
-from dskd.errors import UserError
+from dskd.errors import UserError, counted
 
 Row = Any  # one record of JSON or Parquet
 Place = str  # FILE:LINE
@@ -210,8 +210,8 @@ def _mmlu_rows(path: Path) -> Iterator[tuple[int, Row]]:
         for line, record in _csv_records(path, stream):
             if len(record) != 6 or record[5].strip() not in tuple(LETTERS[:4]):
                 raise UserError(
-                    f"{path}:{line}: expected question, four choices and a letter of A to D, found {len(record)} "
-                    f"field{'s' * (len(record) != 1)}, the last of them {record[-1][:20]!r}"
+                    f"{path}:{line}: expected question, four choices and a letter of A to D, found "
+                    f"{counted(len(record), 'field')}, the last of them {record[-1][:20]!r}"
                 )
             answer = LETTERS.index(record[5].strip())
             yield line, {"question": record[0], "choices": record[1:5], "answer": answer, "subject": subject}
