@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dskd.artifacts import mds
-from dskd.artifacts.hashing import digest_of_json
-from dskd.artifacts.hashing import fingerprint as fingerprint_of_file
+from dskd.artifacts.hashing import digest_of_json, fingerprint
 from dskd.corpus.opening import COMPRESSIONS, without_compression
 from dskd.corpus.tables import saved_files
 from dskd.errors import UserError, listed, shortened
@@ -110,7 +109,7 @@ def find_files(patterns: Sequence[str], key: str, *, workdir: Path) -> TextFiles
     return TextFiles(chosen, left_out, list(dict.fromkeys(notes)))
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint_of_text(path: Path) -> str:
     """Returns a digest that changes when the content of a file that :func:`find_files` found changes.
 
     It uses sizes and modification times, because reading a large corpus only to see that nothing changed takes too
@@ -118,8 +117,8 @@ def fingerprint(path: Path) -> str:
     """
     files = _files_read_through(path)
     if files == [path]:
-        return fingerprint_of_file(path)
-    return digest_of_json([fingerprint_of_file(file) for file in files if file.is_file()])
+        return fingerprint(path)
+    return digest_of_json([fingerprint(file) for file in files if file.is_file()])
 
 
 def _files_read_through(path: Path) -> list[Path]:

@@ -19,7 +19,7 @@ _MOST_PROBLEMS = 100
 _SHOWN_PROBLEMS = 10
 
 
-def fingerprint(teacher: ModelFolder) -> dict[str, str]:
+def inputs_of_chats(teacher: ModelFolder) -> dict[str, str]:
     """Returns the digests of the teacher's chat template and tokenizer, which write the chats.
 
     Raises:

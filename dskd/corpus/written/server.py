@@ -18,7 +18,7 @@ from dskd.corpus.template_options import NOT_THINKING
 from dskd.corpus.written.answers import read_models, read_text
 from dskd.corpus.written.blocks import note_writer, read_writer, write_block
 from dskd.corpus.written.connection import Connection, RefusedRequestError
-from dskd.corpus.written.prompts import Prompter
+from dskd.corpus.written.prompts import WritingPrompter
 from dskd.corpus.written.requests import Request
 from dskd.errors import UserError
 
@@ -88,7 +88,7 @@ class Server:
 
 
 def write_with_server(
-    config: Config, prompter: Prompter, requests: Sequence[Request], left: Sequence[range], folder: Path
+    config: Config, prompter: WritingPrompter, requests: Sequence[Request], left: Sequence[range], folder: Path
 ) -> str:
     """Writes the blocks `left` of the `requests` into `folder`, and returns the name of the server's model.
 
