@@ -32,7 +32,7 @@ from dskd.corpus.written import write as writing
 from dskd.distributed import stopping
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.evaluation.evaluations import PROGRAMS, Program
+from dskd.evaluation.programs import PROGRAMS, Program
 from dskd.evaluation.results_in_cards import update_cards
 from dskd.lexicon import build as lexicon
 from dskd.lexicon.wordnet import open_wordnet

@@ -41,7 +41,7 @@ _SCHEMAS = {
     "tasks": _SCHEMA.append(pa.field("continuation_tokens", pa.int32())),
     "chat": _SCHEMA.append(pa.field("tokens", pa.list_(pa.int32()))).append(pa.field("counted", pa.list_(pa.uint8()))),
 }
-BATCH_DOCUMENTS = 1000
+_BATCH_DOCUMENTS = 1000
 _BATCH_CHARACTERS = 32_000_000  # written earlier at this size: a thousand books would need too much memory
 # Settings of `corpus` that do not affect its documents; the digests of benchmarks' documents stand for `tasks`, and the
 # digest of the teacher's texts for how they were written.
@@ -176,7 +176,7 @@ def _read_column(config: Config, split: str, name: str) -> Iterator[Any]:
 
 def _batches_of_columns(config: Config, split: str, names: list[str]) -> Iterator[pa.RecordBatch]:
     file = pq.ParquetFile(config.path(kinds.CORPUS.folder, f"{split}.parquet"))
-    yield from file.iter_batches(BATCH_DOCUMENTS, columns=names)
+    yield from file.iter_batches(_BATCH_DOCUMENTS, columns=names)
 
 
 def read_wordnet_documents(wordnet: WordNet) -> Iterator[Document]:
@@ -287,7 +287,7 @@ def _write_splits(folder: Path, documents: Iterator[tuple[str, Document]], corpu
             counts[split] += 1
             pending[split].append(document)
             characters[split] += len(document.text)
-            if len(pending[split]) == BATCH_DOCUMENTS or characters[split] >= _BATCH_CHARACTERS:
+            if len(pending[split]) == _BATCH_DOCUMENTS or characters[split] >= _BATCH_CHARACTERS:
                 flush(split)
         for split in SPLITS:
             flush(split)

@@ -9,5 +9,5 @@ checks/     checks of a model before its results are trusted
 running/    running a model: the frozen teacher, number formats, memory on a local disk, logits, generated texts
 gguf/       converts a GGUF file into the teacher's folder
 
-None of them imports one that is listed below it (`pyproject.toml`).
+None of them imports one that is listed below it.
 """
