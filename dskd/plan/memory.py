@@ -28,6 +28,7 @@ from dskd.senses.dictionary import VALUE_BYTES
 from dskd.shards import TRUNK_STATES
 from dskd.shards.blocks import SAMPLES_PER_SHARD
 from dskd.training.checkpoints.writing import EXPORTED_BYTES
+from dskd.training.data.distribution_candidates import most_candidates
 from dskd.training.data.loader import COMPLETED_STEPS, PREFETCHED_STEPS
 from dskd.training.data.positions import SensePositions
 from dskd.training.data.sense_bank import bank_is_on_device
@@ -75,7 +76,11 @@ def batch_of(config: Config, micro_batch_size: int, *, relations: float, trunk: 
     loss, kappa, length = config.loss, config.annotation.kappa, config.corpus.sequence_length
     lexical = min(length, round(relations * length))
     positions = SensePositions.of(loss, seed=0).number(lexical) * micro_batch_size if loss.reads("sense_rows") else 0
-    rows = 3 * positions * kappa  # synonyms, antonyms and own rows, if all are distinct
+    rows, candidates = 3 * positions * kappa, None  # synonyms, antonyms and own rows, if all are distinct
+    if loss.reads("candidate_rows"):
+        candidates = most_candidates(loss, kappa)
+        positions *= 2  # a term at each position that is drawn for its relations or for its own rows
+        rows = positions * candidates[0] + candidates[1]
     return Batch(
         micro_batch_size,
         length,
@@ -86,6 +91,7 @@ def batch_of(config: Config, micro_batch_size: int, *, relations: float, trunk: 
         config.annotation.teacher_top_n if TeacherSource.planned(config).kind == "top_n" else 0,
         columns_read(config, trunk),
         loss.position_share < 1,
+        candidates,
     )
 
 

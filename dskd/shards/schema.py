@@ -134,12 +134,12 @@ def require_fitting(
     """
     folder = config.path(kinds.SHARDS.folder, split)
     remedy = f"make the shards again with `{kinds.SHARDS.made_by}`"
-    for what, expected, found in (
+    for what, expected, actual in (
         ("tokenizers", tokenizer, manifest.tokenizer),
         ("teachers", teacher, manifest.teacher),
         ("sense dictionaries", senses, manifest.inputs.get("senses")),
     ):
-        require_same(what, expected=expected, found=found, between=f"{folder} and what is here now", remedy=remedy)
+        require_same(what, expected=expected, actual=actual, between=f"{folder} and what is here now", remedy=remedy)
     if config.train.shard_remote is None:
         verify_files(folder, manifest, except_for=files_with_hashes_of_samples(folder / INDEX))
 

@@ -193,10 +193,10 @@ class PackedStep:
     def unpack(self, sense_bank: torch.Tensor | None = None) -> StepBatches:
         """Returns the micro-batches as views of the buffer, with `sense_bank`, if given, as their sense rows."""
 
-        def view(place: Any) -> Any:
-            if isinstance(place, dict):
-                return {name: view(part) for name, part in place.items()}
-            return place.view_of(self.buffer)
+        def view(layout: Any) -> Any:
+            if isinstance(layout, dict):
+                return {name: view(part) for name, part in layout.items()}
+            return layout.view_of(self.buffer)
 
         batches = [
             view(layout) | {_ON_HOST: torch.tensor(ids)}
