@@ -1,7 +1,7 @@
 """The columns of a sample of the annotated shards, and checks that shards fit the experiment (docs/formats.md)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,10 @@ def require_fitting(
     ):
         require_same(what, expected=expected, found=found, between=f"{folder} and what is here now", remedy=remedy)
     if config.train.shard_remote is None:
-        verify_files(folder, manifest, except_for=files_with_hashes_of_samples(folder / INDEX))
+        # The index first: it says which of the other files are left out here.
+        of_index = {name: entry for name, entry in manifest.files.items() if name == INDEX}
+        verify_files(folder, replace(manifest, files=of_index))
+        verify_files(folder, manifest, except_for=[INDEX, *files_with_hashes_of_samples(folder / INDEX)])
 
 
 def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> None:

@@ -269,9 +269,10 @@ def test_at_the_start_only_the_index_and_the_sizes_of_stored_states_are_compared
     start()  # found when the sample is read
     index = target / "index.json"
     written = index.read_text()
-    index.write_text(written.replace('"version": 2', '"version": 3'))
-    with pytest.raises(UserError, match=r"index\.json: the content is not what the manifest says"):
-        start()
+    for old, new in (('"version": 2', '"version": 3'), ('"mds"', '"mdt"'), ("{", "[")):
+        index.write_text(written.replace(old, new, 1))
+        with pytest.raises(UserError, match=r"index\.json: the content is not what the manifest says.* make it again"):
+            start()
     index.write_text(written)
     # An index without the hashes of samples, as of shards that were made before: all files are read.
     manifest = shards.load_manifest(config, "train")
