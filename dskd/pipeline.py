@@ -145,9 +145,9 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str], teacher: F
         return is_current(config.path(kinds.SENSES.folder), senses.recipe(config, opened))
 
     def build_sequences() -> None:
-        found = teacher()
-        vocab_size = vocabulary_size(found.load_config())
-        sequences.build_sequences(config, found.tokenizer, found.tokenizer_digest, vocab_size)
+        folder = teacher()
+        vocab_size = vocabulary_size(folder.load_config())
+        sequences.build_sequences(config, folder.tokenizer, folder.tokenizer_digest, vocab_size)
 
     def student_is_current() -> bool:
         recipe = student.recipe(config, teacher())

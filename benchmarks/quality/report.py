@@ -10,6 +10,7 @@ from benchmarks.quality.arms import ARMS, BY_NAME, CHOSEN_BY, GROUPS, TUNING_SEE
 from benchmarks.quality.measures import BY_TEXT, DIGITS, MEASURES, OUTSIDE, is_at_chance
 from benchmarks.quality.results import TEACHER, UNTRAINED, Result, Stage, choose, results_by_arm
 from dskd.compare.statistics import CONFIDENCE, Difference, Estimate, holm, on_seeds
+from dskd.console import markdown_table
 
 _LEVEL = round(100 * CONFIDENCE)
 _INTRODUCTION = """# What makes a good student, and do senses help?
@@ -119,7 +120,7 @@ def _references(results: Sequence[Result]) -> str:
         [f"{arm}, {'test' if stage == 'test' else 'validation'} part", *_values(result, names)]
         for (arm, stage), result in latest.items()
     ]
-    return _table(["reference", *_labels(names, _at_chance(results))], rows)
+    return markdown_table(["reference", *_labels(names, _at_chance(results))], rows)
 
 
 def _tried(results: Sequence[Result]) -> str:
@@ -146,7 +147,7 @@ def _tried(results: Sequence[Result]) -> str:
                 )
         if arm.tuned is None or best is not None:
             chosen[arm.name] = best
-    return _table(["arm", "tried", "steps", "seconds", *_labels(names)], rows)
+    return markdown_table(["arm", "tried", "steps", "seconds", *_labels(names)], rows)
 
 
 def _check_of_times(results: Sequence[Result], text: str) -> list[str]:
@@ -192,7 +193,7 @@ def _compared(results: Sequence[Result], stage: Stage) -> list[str]:
             if one in names
         ]
         if rows:
-            parts += ["Differences:", _table(["arm", "against", *_labels(compared)], rows)]
+            parts += ["Differences:", markdown_table(["arm", "against", *_labels(compared)], rows)]
     if outside := [name for name in _measured(of_stage) if name in OUTSIDE]:
         of_all = _with_shared_seeds(of_stage) if stage == "look" else of_stage
         parts += ["#### Outside judges", _values_of(of_all, ARMS, outside, at_chance, is_described=False)]
@@ -232,7 +233,7 @@ def _lengths(results: Sequence[Result]) -> list[str]:
         for length in lengths:
             times = length / of_stage[0].source["tokens"]
             header += [f"{_label(measure)}, {length:,} tokens ({times:.2g} × the text)", "against kd"]
-        parts.append(_table(["arm", *header], rows))
+        parts.append(markdown_table(["arm", *header], rows))
     return parts
 
 
@@ -270,7 +271,7 @@ def _values_of(
             rows.append([arm.name, *described, *estimates])
     columns = ["", "seeds", "steps", "tokens", "seconds"] if is_described else []
     header = ["arm", *columns, *_labels(names, at_chance)]
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def difference(results: Sequence[Result], stage: Stage, arm: Arm, other: Arm, measure: str) -> Difference | None:
@@ -316,8 +317,3 @@ def _labels(names: Sequence[str], at_chance: frozenset[str] = frozenset()) -> li
 
 def _label(measure: str) -> str:
     return measure.replace("_", " ")
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -38,12 +38,13 @@ class Batch:
     size: int  # B
     length: int  # T
     is_packed: bool  # sequences contain several documents, and attention has a mask
-    sense_positions: int  # number of relation positions, and also of own positions
+    sense_positions: int  # number of relation positions, and also of own positions; with `candidates`, of both together
     sense_rows: int  # R, number of distinct rows
     kappa: int
     teacher_top_n: int  # tokens per position of a cached teacher, otherwise 0
     state_columns: tuple[str, ...] = ()  # columns of states that the loader reads from the shards
     draws_targets: bool = False  # CE, KL and hidden-state distance are computed at a share of the positions
+    candidates: tuple[int, int] | None = None  # C rows of each sense position and S of all, with that form of the loss
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,14 @@ def loaded_tensors(batch: Batch, hidden_size: int, dtype: torch.dtype) -> dict[s
         loaded["drawn_targets"] = torch.ones(shape, dtype=torch.bool)
     if batch.is_packed:
         loaded["position_ids"] = torch.zeros(shape, dtype=torch.int64)
-    if positions:
+    if positions and batch.candidates is not None:
+        of_each, of_all = batch.candidates
+        loaded["senses"] = {
+            "positions": torch.zeros(positions, dtype=torch.int64),
+            "candidate_rows": torch.zeros(positions, of_each, dtype=torch.int64),
+            "random_rows": torch.zeros(of_all, dtype=torch.int64),
+        }
+    elif positions:
         loaded["senses"] = {
             **{name: torch.zeros(positions, dtype=torch.int64) for name in ("relation_positions", "own_positions")},
             **{
@@ -208,8 +216,8 @@ def loaded_tensors(batch: Batch, hidden_size: int, dtype: torch.dtype) -> dict[s
                 for name in ("synonym_rows", "antonym_rows", "own_rows")
             },
         }
-        if batch.sense_rows:
-            loaded["senses"]["sense_rows"] = torch.empty(batch.sense_rows, hidden_size, dtype=torch.bfloat16)
+    if "senses" in loaded and batch.sense_rows:
+        loaded["senses"]["sense_rows"] = torch.empty(batch.sense_rows, hidden_size, dtype=torch.bfloat16)
     if batch.teacher_top_n:
         loaded["teacher_cache"] = {
             "token_ids": torch.zeros(*shape, batch.teacher_top_n, dtype=torch.int32),

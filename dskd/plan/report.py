@@ -2,6 +2,7 @@
 
 from dskd.config import TRUNK_IS_OFF, Config
 from dskd.console import table
+from dskd.errors import counted
 from dskd.plan import GB
 from dskd.plan.changes import Change, stored_states
 from dskd.plan.plan import Plan
@@ -297,4 +298,4 @@ def _hours(hours: float) -> str:
 
 def _count(number: int, what: str) -> str:
     head, _, rest = what.partition(" ")
-    return f"{number} {head}{'s' * (number != 1)}{f' {rest}' if rest else ''}"
+    return f"{counted(number, head)}{f' {rest}' if rest else ''}"

@@ -134,12 +134,12 @@ def require_fitting(
     """
     folder = config.path(kinds.SHARDS.folder, split)
     remedy = f"make the shards again with `{kinds.SHARDS.made_by}`"
-    for what, expected, found in (
+    for what, expected, actual in (
         ("tokenizers", tokenizer, manifest.tokenizer),
         ("teachers", teacher, manifest.teacher),
         ("sense dictionaries", senses, manifest.inputs.get("senses")),
     ):
-        require_same(what, expected=expected, found=found, between=f"{folder} and what is here now", remedy=remedy)
+        require_same(what, expected=expected, actual=actual, between=f"{folder} and what is here now", remedy=remedy)
     if config.train.shard_remote is None:
         # The index first: it says which of the other files are left out here.
         of_index = {name: entry for name, entry in manifest.files.items() if name == INDEX}
