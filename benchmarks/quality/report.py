@@ -2,13 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.arms import ARMS, BY_NAME, CHOSEN_BY, GROUPS, TUNING_SEED, Arm, time_of_sequence
 from benchmarks.quality.measures import BY_TEXT, DIGITS, MEASURES, OUTSIDE, is_at_chance
-from benchmarks.quality.results import TEACHER, UNTRAINED, Result, Stage, choose, results_by_arm
+from benchmarks.quality.results import TEACHER, UNTRAINED, Result, Stage, choose, chosen_values, results_by_arm
 from dskd.compare.statistics import CONFIDENCE, Difference, Estimate, holm, on_seeds
 from dskd.console import markdown_table
 
@@ -39,7 +39,7 @@ _ON_LOOKS = (
 _ON_LENGTHS = (
     "Tokens are those of an arm that reads the text once in its test. Above one times the text it is repeated."
 )
-_ON_VALUES = "Every arm has the value that was chosen on the text `{text}`; nothing was tuned on this one."
+_ON_VALUES = "Arms that are tuned on the text `{text}` have the value that was chosen there."
 _ON_TRIALS = """Every arm builds on the values that were chosen before it. `batch` and `batch again` are tried at equal
 time, as are arms "as long"; all others read as much of the text as the arm that they build on. No arm builds on Muon,
 even where it has the lowest KL after equally many steps: its step takes 5.6 times as long as AdamW's."""
@@ -76,7 +76,12 @@ def render(results: Sequence[Result]) -> str:
         ]
         stages = {result.stage for result in of_text if result.is_of_training}
         if "tune" in stages:
-            parts += ["### What was tried", _ON_TRIALS, *_check_of_times(results, text), _tried(of_text)]
+            parts += [
+                "### What was tried",
+                _ON_TRIALS,
+                *_check_of_times(results, text),
+                _tried(of_text, _values_elsewhere(results, of_text)),
+            ]
         if "look" in stages:
             parts += ["### Looks: untuned, on the validation part", _ON_LOOKS, *_compared(of_text, "look")]
         if "test" in stages:
@@ -123,16 +128,23 @@ def _references(results: Sequence[Result]) -> str:
     return markdown_table(["reference", *_labels(names, _at_chance(results))], rows)
 
 
-def _tried(results: Sequence[Result]) -> str:
+def _values_elsewhere(results: Sequence[Result], of_text: Sequence[Result]) -> dict[str, Any]:
+    """Returns the chosen values of the text whose values those of `of_text` build on, if there is one."""
+    others = sorted({result.values_of for result in of_text if result.values_of})
+    return chosen_values(results, others[0]) if others else {}
+
+
+def _tried(results: Sequence[Result], known: Mapping[str, Any]) -> str:
+    """Returns the table of trials; values that are `known` were not tried on this text."""
     names = [name for name in _TRIED if name in _measured(results)]
     tuned = (result for result in results if result.stage == "tune" and result.is_of_training)
     by_settings = {result.settings: result for result in tuned}
     text = results[0].text
-    chosen: dict[str, Any] = {}
+    chosen = dict(known)
     named: set[str] = set()
     rows = []
     for arm in ARMS:
-        if arm.based_on is not None and arm.based_on not in chosen:
+        if arm.name in known or (arm.based_on is not None and arm.based_on not in chosen):
             continue
         best = choose(results, text, arm, chosen)
         for value in arm.values(chosen):

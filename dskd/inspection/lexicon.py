@@ -41,7 +41,7 @@ class WrittenTexts:
     """The number of senses with text that the teacher has written."""
 
     senses: int  # of words that are one token
-    requested: int  # of which the teacher was to write
+    asked: int  # of which the teacher was to write
     with_text: int
     outcomes: dict[str, int]  # texts, by what became of them
 
@@ -175,8 +175,8 @@ def format_lexicon(report: LexiconReport) -> str:
 def _text_lines(texts: WrittenTexts) -> list[str]:
     rows = [["of words that are one token", f"{texts.senses:,}", ""]]
     for label, count, of, whole in (
-        ("  for which the teacher was to write", texts.requested, texts.senses, "these"),
-        ("    with text in the corpus", texts.with_text, texts.requested, "these"),
+        ("  for which the teacher was to write", texts.asked, texts.senses, "these"),
+        ("    with text in the corpus", texts.with_text, texts.asked, "these"),
     ):
         rows.append([label, f"{count:,}", f"{100 * count / max(of, 1):.1f} % of {whole}"])
     return [table(["senses", "number", "share"], rows), "", _counts("texts", texts.outcomes, "number")]

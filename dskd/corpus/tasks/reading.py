@@ -28,7 +28,7 @@ from dskd.corpus.tasks.benchmarks import LETTERS, Benchmark, Example
 from dskd.errors import UserError, counted
 
 Row = Any  # one record of JSON or Parquet
-Place = str  # FILE:LINE
+Location = str  # FILE:LINE
 
 
 class _NoExampleError(ValueError):
@@ -46,7 +46,7 @@ def read_examples(benchmark: Benchmark, location: str, split: str) -> list[Examp
         source, rows = f"{location}, split {split!r}", _rows_of_hub(benchmark, location, split)
     examples = []
     _, parse = _FORMATS[benchmark.name]
-    for row_place, row in rows:
+    for row_location, row in rows:
         try:
             example = parse(benchmark, row)
             _require_whole_characters(example)
@@ -56,7 +56,7 @@ def read_examples(benchmark: Benchmark, location: str, split: str) -> list[Examp
         except (_NoExampleError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = f"{error}" if isinstance(error, _NoExampleError) else f"{type(error).__name__}: {error}"
             raise UserError(
-                f"{row_place}: this is not an example of {benchmark.name} as it is published ({reason}); "
+                f"{row_location}: this is not an example of {benchmark.name} as it is published ({reason}); "
                 "docs/formats.md has the formats"
             ) from None
     if not examples:
@@ -90,7 +90,7 @@ def _named(examples: list[Example], split: str) -> list[Example]:
     return named
 
 
-def _rows_of_folder(benchmark: Benchmark, folder: Path, split: str) -> tuple[str, Iterator[tuple[Place, Row]]]:
+def _rows_of_folder(benchmark: Benchmark, folder: Path, split: str) -> tuple[str, Iterator[tuple[Location, Row]]]:
     """Returns the files that hold the rows of a split, for messages, and the rows with their places."""
     for pattern in benchmark.files[split]:
         endings = ("", *COMPRESSIONS)
@@ -134,7 +134,7 @@ def _parquet_files(benchmark: Benchmark, folder: Path, split: str) -> list[Path]
     return of_config or files
 
 
-def _parquet_rows(files: Iterable[Path]) -> Iterator[tuple[Place, Row]]:
+def _parquet_rows(files: Iterable[Path]) -> Iterator[tuple[Location, Row]]:
     for path in files:
         with reading_errors(path):
             refuse_pointer(path)
@@ -143,7 +143,7 @@ def _parquet_rows(files: Iterable[Path]) -> Iterator[tuple[Place, Row]]:
             yield f"{path}:{number}", row
 
 
-def _rows_of_hub(benchmark: Benchmark, dataset: str, split: str) -> Iterator[tuple[Place, Row]]:
+def _rows_of_hub(benchmark: Benchmark, dataset: str, split: str) -> Iterator[tuple[Location, Row]]:
     rows = read_rows(
         dataset,
         split,
@@ -155,7 +155,7 @@ def _rows_of_hub(benchmark: Benchmark, dataset: str, split: str) -> Iterator[tup
         yield f"{dataset}/{split}:{number}", row
 
 
-def _published_rows(benchmark: Benchmark, files: list[Path]) -> Iterator[tuple[Place, Row]]:
+def _published_rows(benchmark: Benchmark, files: list[Path]) -> Iterator[tuple[Location, Row]]:
     rows_of, _ = _FORMATS[benchmark.name]
     for path in files:
         with reading_errors(path):

@@ -75,7 +75,7 @@ class Judged:
 class SensesWithText:
     """Counts of the senses that were asked for, of those with a text, and of texts by their outcome."""
 
-    requested: int
+    asked: int  # the name that the manifest of the corpus has, too
     with_text: int
     outcomes: dict[str, int]
 
@@ -83,8 +83,7 @@ class SensesWithText:
         """Returns the numbers in words."""
         dropped = ", ".join(f"{count:,} ({why})" for why, count in self.outcomes.items() if why != KEPT)
         return (
-            f"{self.with_text:,} of {self.requested:,} senses have text "
-            f"({self.with_text / max(self.requested, 1):.1%}); "
+            f"{self.with_text:,} of {self.asked:,} senses have text ({self.with_text / max(self.asked, 1):.1%}); "
             f"{self.outcomes.get(KEPT, 0):,} texts kept, dropped: {dropped or 'none'}"
         )
 

@@ -20,7 +20,14 @@ from dskd.artifacts.manifest import read_manifest
 from dskd.artifacts.pointers import refuse_pointer
 from dskd.config import Config
 from dskd.errors import UserError, first_line, listed, reason_of
-from dskd.models.files.digests import digest_cache, digest_of_model, gguf_digest, gguf_path, hashes_of
+from dskd.models.files.digests import (
+    digest_cache,
+    digest_of_model,
+    gguf_digest,
+    gguf_path,
+    hashes_of,
+    require_made_files,
+)
 from dskd.models.files.gguf_file import require_gguf_file
 from dskd.models.files.model_config import condition_of_code, read_model_config
 from dskd.models.files.weights import WEIGHTS_FILE, WEIGHTS_INDEX
@@ -221,6 +228,7 @@ def _find_made_teacher(config: Config) -> ModelFolder:
             f"{folder}: this teacher was made with other files of teacher.tokenizer: {config.teacher.tokenizer} (its "
             f"tokenizer, special tokens or chat template); make it again with `{kinds.TEACHER.made_by}`"
         )
+    require_made_files(config, folder, manifest)
     model = ModelFolder(folder, manifest.digest, config.teacher.trust_remote_code)
     if is_gguf:
         check_limits(config, folder, model.load_config(), model.tokenizer)

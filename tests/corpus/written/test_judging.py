@@ -123,7 +123,7 @@ def test_a_sense_has_text_if_one_of_its_texts_is_kept(tmp_path):
         Judged("shore", "bank.n.01", 0, "A third.", KEPT),
     ]
     senses = write_senses(judged, tmp_path)
-    assert (senses.requested, senses.with_text, senses.outcomes) == (3, 2, {KEPT: 2, WITHOUT_WORD: 1, NO_SENTENCE: 1})
+    assert (senses.asked, senses.with_text, senses.outcomes) == (3, 2, {KEPT: 2, WITHOUT_WORD: 1, NO_SENTENCE: 1})
     assert "2 of 3 senses have text (66.7%); 2 texts kept, dropped: 1 (the word does not occur)" in senses.describe()
     assert pq.read_table(tmp_path / "senses.parquet").to_pylist() == [
         {"word": "bank", "synset": "bank.n.01", "number": 0, "outcome": WITHOUT_WORD},

@@ -155,7 +155,7 @@ def test_the_pipeline_cuts_what_the_teacher_wrote_into_sequences(tmp_path, monke
     assert all(stage.is_current() for stage in stages[:4])
     assert len(load_file(loaded.path("sequences", "train.safetensors"))["input_ids"])
     report = inspect_lexicon(loaded)
-    assert report.texts.senses == report.texts.requested == NUM_SENSES
+    assert report.texts.senses == report.texts.asked == NUM_SENSES
     assert 0 < report.texts.with_text <= NUM_SENSES
     text = format_lexicon(report)
     assert re.search(rf"of words that are one token +{NUM_SENSES}$", text, re.MULTILINE)
