@@ -1,5 +1,6 @@
 """Formatting a plan as text."""
 
+from dskd.artifacts import kinds
 from dskd.config import TRUNK_IS_OFF, Config
 from dskd.console import table
 from dskd.errors import counted
@@ -259,6 +260,11 @@ def _stages(plan: Plan) -> str:
     what = "a GPU" if plan.cluster.device == "cuda" else "a rank"
     rows = [[stage.name, _gb(stage.gpu), _gb(stage.host)] for stage in plan.before]
     text = table(("the stages before, at most, GB", what, "a host"), rows)
+    if plan.is_outdated:
+        return (
+            f"{text}\nThe shards in the work directory hold other data of the teacher than this plan counts with, so "
+            f"make them again\nwith `{kinds.SHARDS.made_by}`."
+        )
     return f"{text}\nThey are done: the shards exist." if plan.is_annotated else text
 
 
