@@ -80,7 +80,7 @@ test-nvme: env
 	@echo '#include <libaio.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1 || { $(call debian,libaio-dev); }
 	@rm -f $(TORCH_EXTENSIONS_DIR)/async_io/lock
 	$(PY) -c 'from deepspeed.ops.op_builder import AsyncIOBuilder as Builder; Builder().load(verbose=False)'
-	$(PY) -m pytest -rs tests/models/test_nvme.py $(ARGS)
+	$(PY) -m pytest -rs tests/models/running/test_nvme.py $(ARGS)
 
 # A machine with a GPU usually has many cores, and most of a test is Python: several processes share the GPU.
 test-gpu: env wordnet

@@ -31,9 +31,9 @@ from benchmarks.workload import read_config, read_tokens
 from dskd.config import Config
 from dskd.corpus.sequences import Sequences, open_sequences
 from dskd.distributed.rendezvous import initialize, shutdown
-from dskd.models.folder import find_teacher
-from dskd.models.frozen import FrozenModel, load_frozen
-from dskd.models.trunk import HandOver
+from dskd.models.files.folder import find_teacher
+from dskd.models.running.frozen import FrozenModel, load_frozen
+from dskd.models.structure.trunk import HandOver
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
 from dskd.shards.annotate import annotate_batch
 from dskd.shards.blocks import WritingThread, shard_format_of

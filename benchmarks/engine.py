@@ -27,14 +27,14 @@ from benchmarks.workload import OurTraining, build_workload_parser, read_config,
 from dskd.config import Config
 from dskd.distributed.rendezvous import initialize, shutdown
 from dskd.distributed.world import World
-from dskd.models.causal_lm import load_resident
-from dskd.models.precision import compute_dtype
+from dskd.models.running.precision import compute_dtype
+from dskd.models.structure.causal_lm import load_resident
+from dskd.training.data.packed_step import StepBatches
 from dskd.training.inputs import load_inputs
-from dskd.training.packed_step import StepBatches
-from dskd.training.pair import ModelPair
+from dskd.training.models.pair import ModelPair
+from dskd.training.models.student import assemble, build_optimizer
+from dskd.training.models.teacher_source import reads_logits
 from dskd.training.step import train_step
-from dskd.training.student import assemble, build_optimizer
-from dskd.training.teacher_source import reads_logits
 
 _SEQUENCE_LENGTH, _MICRO_BATCH = 128, 1024  # tokens
 _VARIANTS = ("engine", "plain")

@@ -45,9 +45,9 @@ from benchmarks.report import (
 from benchmarks.workload import OurTraining, build_workload_parser, read_config, read_tokens, work_directory
 from dskd.config import Config
 from dskd.distributed.rendezvous import initialize
-from dskd.models.folder import find_teacher
-from dskd.models.precision import compute_dtype
-from dskd.models.trained import choose_trained
+from dskd.models.files.folder import find_teacher
+from dskd.models.running.precision import compute_dtype
+from dskd.models.structure.trained import choose_trained
 from dskd.students.student import find_student
 
 _OURS = {"dskd: CE + KL": "loss.sense_weight=0", "dskd: CE + KL + sense": "loss.sense_weight=1"}

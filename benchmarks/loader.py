@@ -20,9 +20,9 @@ from benchmarks.workload import build_workload_parser, read_config, work_directo
 from dskd.distributed.node_cache import open_node_cache
 from dskd.distributed.rendezvous import initialize, shutdown
 from dskd.shards import TEACHER_STATES, TRUNK_STATES
+from dskd.training.data.loader import load_steps
+from dskd.training.data.packed_step import StepBatches
 from dskd.training.inputs import build_collator, load_inputs
-from dskd.training.loader import load_steps
-from dskd.training.packed_step import StepBatches
 from dskd.training.schedule import plan_schedule
 
 _COPY = "a copy in memory"

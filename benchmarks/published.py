@@ -31,9 +31,9 @@ from benchmarks.workload import (
 )
 from dskd.config import Config, LossConfig
 from dskd.distributed.rendezvous import initialize, shutdown
-from dskd.models.folder import find_teacher
-from dskd.models.precision import compute_dtype
-from dskd.models.trained import choose_trained
+from dskd.models.files.folder import find_teacher
+from dskd.models.running.precision import compute_dtype
+from dskd.models.structure.trained import choose_trained
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
 from dskd.students.student import find_student
 

@@ -37,7 +37,7 @@ from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.distributed.rendezvous import free_port
 from dskd.tracking import read_history
-from dskd.training import checkpoint
+from dskd.training.checkpoints import checkpoint
 
 CONFIG = REPOSITORY / "configs" / "smoke.yaml"
 _WHO = ("a rank", "launcher and ranks", "launcher alone")

@@ -39,7 +39,7 @@ from benchmarks.workload import (
 from dskd.config import Config
 from dskd.distributed.rendezvous import initialize, shutdown
 from dskd.distributed.world import World
-from dskd.models.precision import compute_dtype
+from dskd.models.running.precision import compute_dtype
 
 _MATRIX = {"cpu": 1024, "cuda": 8192}
 _USES = {"use": "", "use-states": "teacher.mode=cached"}

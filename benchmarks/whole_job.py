@@ -31,7 +31,7 @@ from dskd import shards
 from dskd.config import Config
 from dskd.corpus.sequences import TokenBatch
 from dskd.distributed.rendezvous import initialize, shutdown
-from dskd.models.trunk import HandOver
+from dskd.models.structure.trunk import HandOver
 from dskd.senses.dictionary import load_dictionary
 from dskd.shards.annotate import annotate_batch
 from dskd.shards.search import Searcher

@@ -34,20 +34,20 @@ from dskd.distributed.node_cache import open_node_cache
 from dskd.distributed.rendezvous import initialize
 from dskd.distributed.world import World, uses_gpu
 from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
-from dskd.models.folder import ModelFolder, find_teacher
-from dskd.models.frozen import load_frozen
-from dskd.models.trained import trained_layers
-from dskd.models.trunk import HandOver
+from dskd.models.files.folder import ModelFolder, find_teacher
+from dskd.models.running.frozen import load_frozen
+from dskd.models.structure.trained import trained_layers
+from dskd.models.structure.trunk import HandOver
 from dskd.senses.dictionary import FILE as DICTIONARY_FILE
 from dskd.shards.schema import LARGEST_SHARD, TEACHER_STATES, TRUNK_STATES, StoredStates
 from dskd.shards.stored_states import columns_of_states, plan_stored
 from dskd.shards.writing import write_block
 from dskd.students.student import build_student
+from dskd.training.data.loader import load_steps
+from dskd.training.data.packed_step import StepBatches
 from dskd.training.freed_memory import keep_freed_memory
 from dskd.training.inputs import build_collator, load_inputs, load_sense_bank
-from dskd.training.loader import load_steps
-from dskd.training.packed_step import StepBatches
-from dskd.training.pair import load_pair
+from dskd.training.models.pair import load_pair
 from dskd.training.schedule import plan_schedule
 from dskd.training.step import StepResult, train_step
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from dskd.config.reading import load_config
 from dskd.evaluation.held_out_text import evaluate
 from dskd.inspection.examples import describe_examples
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 from dskd.pipeline import plan_stages
 from dskd.training.exporting.export import build_export
 from dskd.training.train import train

@@ -25,7 +25,7 @@ from dskd.compare.text import compare
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.evaluation.held_out_text import evaluate
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 from dskd.training.exporting.export import build_export
 from dskd.training.train import train
 

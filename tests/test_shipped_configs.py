@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from dskd.artifacts import kinds
 from dskd.artifacts.manifest import read_manifest
 from dskd.config.reading import differences, load_config
-from dskd.training import checkpoint
+from dskd.training.checkpoints import checkpoint
 from dskd.training.schedule import divide_batch
 from dskd.training.train import train
 

@@ -16,9 +16,9 @@ from dskd.senses.csr import sums_of_lists
 from dskd.senses.dictionary import SenseDictionary
 from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS
 from dskd.shards.search import NearestRows, Searcher
-from dskd.training.collator import Collator
-from dskd.training.distribution_candidates import CandidateRows
-from dskd.training.positions import SensePositions
+from dskd.training.data.collator import Collator
+from dskd.training.data.distribution_candidates import CandidateRows
+from dskd.training.data.positions import SensePositions
 
 MICRO_BATCH = 8  # sequences: more would not be faster, and need more memory
 

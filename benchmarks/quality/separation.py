@@ -23,7 +23,7 @@ from dskd.evaluation.lexical.contexts import Context
 from dskd.evaluation.lexical.items import build_items, load_items
 from dskd.evaluation.lexical.separation import MEASURE, lemmas_with_both, separation
 from dskd.evaluation.lexical.states import Tokens
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 from dskd.random_numbers import derived_seed, random_bits
 
 SEPARATION = (MEASURE, f"{MEASURE}_target")

@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.quality.settings import Settings
 from dskd.config import Config, StudentConfig
-from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.files.folder import ModelFolder, find_teacher
 from dskd.students.measuring import measure_importance
 from dskd.students.spacing import Importance, choose_layers, num_removed_layers
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 from dskd.cli.program import build_parser, parse, run_on_ranks
 from dskd.config import Config
 from dskd.distributed.world import World
-from dskd.evaluation.evaluations import PROGRAMS, Arguments, Program
+from dskd.evaluation.programs import PROGRAMS, Arguments, Program
 
 
 def run_evaluate(description: str | None, epilog: str) -> NoReturn:

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -177,7 +176,8 @@ def _cluster(args: argparse.Namespace, nodes: int) -> Cluster:
 
 
 def _positive(text: str) -> float:
-    return _number(text, "a number above 0", lambda value: 0 < value < math.inf)
+    # Between these limits, no product or quotient of the rates and sizes is infinite, or too long to print.
+    return _number(text, "a number above 0 (1e-12 to 1e12) without a unit", lambda value: 1e-12 <= value <= 1e12)
 
 
 def _share(text: str) -> float:

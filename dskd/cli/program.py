@@ -150,9 +150,9 @@ def run(action: Callable[[], int | None]) -> int:
         if not error.filename and (shortage := describe_shortage()):
             _print_error(f"{error.strerror}; {shortage}. Completed files are kept")
             return USER_ERROR_EXIT_CODE
-        place = f" ({error.filename})" if error.filename else ""
+        file = f" ({error.filename})" if error.filename else ""
         _print_error(
-            f"{error.strerror}{place}; completed files are kept. Free some space, or set workdir to another disk "
+            f"{error.strerror}{file}; completed files are kept. Free some space, or set workdir to another disk "
             "(or --output, if the command has it), and run the same command again: it resumes"
         )
         return USER_ERROR_EXIT_CODE
@@ -254,7 +254,7 @@ def run_on_ranks(
     finally:
         ignore()
         # Otherwise Python would wait for the workers: a loader's worker can hang in mosaicml-streaming after a shard
-        # that it could not fetch, and ignores the TERM by which Python ends it (see dskd/training/loader.py).
+        # that it could not fetch, and ignores the TERM by which Python ends it (see dskd/training/data/loader.py).
         for worker in multiprocessing.active_children():
             worker.kill()
     # Threads of gloo can still hold tensors when the interpreter shuts down, and then abort a process that has finished

@@ -8,7 +8,7 @@ from dskd.compare.text import compare
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.inspection.examples import describe_examples
-from dskd.models.folder import ModelFolder, load_tokenizer
+from dskd.models.files.folder import ModelFolder, load_tokenizer
 from dskd.training.exporting import card
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from dskd.cli.program import add_verb
-from dskd.models.smollm2 import NAME, PLACE, fetch
+from dskd.models.files.smollm2 import NAME, PLACE, fetch
 
 HELP = "fetch SmolLM2-135M-Instruct, the teacher of configs/quickstart.yaml: 98 MB"
 EPILOG = f"""

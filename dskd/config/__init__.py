@@ -7,6 +7,7 @@ section     the base class of sections, and the type of paths
 data        the sections `corpus`, `wordnet`, `lexicon`, `senses` and `annotation`
 server_url  the URL of a server that writes texts: its check, and its form for records
 models      the sections `teacher` and `student`
+loss_terms  the table of the loss's terms: their weights, names, denominators, labels, and what they read
 training    the sections `loss`, `train`, `tracking` and `pipeline`
 evaluation  the sections `evaluation` and `tasks`
 reading     reads a configuration from a YAML file and overrides
@@ -170,17 +171,17 @@ class Config(Section):
         """Yields what teacher.mode: cached would read from the shards, and `annotation` does not store."""
         store = self.annotation.store
         if TEACHER_STATES not in store:
-            if self.loss.kd_weight and not self.annotation.teacher_top_n:
+            if self.loss.reads("teacher_probabilities") and not self.annotation.teacher_top_n:
                 yield (
                     "teacher.mode: cached needs annotation.store: [teacher_states], or annotation.teacher_top_n, how "
                     "many tokens are stored (64, say)"
                 )
-            lacks = "needs the teacher's states, which teacher.mode: cached reads from the shards"
-            remedy = "set annotation.store to [teacher_states], or teacher.mode to resident or zero3"
-            if self.loss.hidden_weight:
-                yield f"loss.hidden_weight {lacks}; {remedy}, or loss.hidden_weight to 0"
-            if self.loss.compares_sense_distributions:
-                yield f"loss.sense_form: distribution {lacks}; {remedy}, or loss.sense_form to distance"
+            for term in self.loss.readers("teacher_states"):
+                key, change = term.key_that_reads("teacher_states", self.loss)
+                yield (
+                    f"{key} needs the teacher's states, which teacher.mode: cached reads from the shards; set "
+                    f"annotation.store to [teacher_states], or teacher.mode to resident or zero3, or {change}"
+                )
         if self.student.shared_trunk == "on" and TRUNK_STATES not in store:
             yield (
                 "student.shared_trunk: on needs a teacher in training, or annotation.store: [teacher_states, "

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from dskd.config.loss_terms import Input, Term, minimised_terms
 from dskd.config.section import PathText, Section
 
 _KEYS_OF_SENSE_FORMS: dict[tuple[str, ...], tuple[str, ...]] = {
@@ -95,42 +96,53 @@ class LossConfig(Section):
 
     def problems(self) -> Iterator[str]:
         """Yields messages about a loss without terms, and about keys without effect."""
-        if not any((self.ce_weight, self.kd_weight, self.sense_weight, self.hidden_weight)):
+        if not any(term.is_weighted(self) for term in minimised_terms()):
             yield "every weight is 0: there is nothing to minimise"
         yield from self.keys_without_use("loss", "sense_form", _KEYS_OF_SENSE_FORMS)
         random = type(self).model_fields["sense_random_candidates"].default
         if self.sense_random_candidates != random and "random" not in self.sense_candidates:
             yield "loss.sense_random_candidates needs random in loss.sense_candidates; add it, or remove the key"
-        if self.lexical_weight != 1 and not (self.ce_weight or self.kd_weight):
-            yield "loss.lexical_weight applies to CE and KL, whose weights are 0; remove it, or set one of them"
-        if self.position_share != 1 and not (self.ce_weight or self.kd_weight or self.hidden_weight):
-            yield (
-                "loss.position_share applies to CE, KL and the hidden-state distance, whose weights are 0; remove it, "
-                "or set one of them"
-            )
+        for key, terms in (
+            ("lexical_weight", [term for term in minimised_terms() if "lexical_marks" in term.reads]),
+            ("position_share", [term for term in minimised_terms() if term.mean_over == "targets"]),
+        ):
+            if getattr(self, key) != 1 and not any(term.is_weighted(self) for term in terms):
+                weights = ", ".join(f"loss.{term.weight}" for term in terms)
+                yield (
+                    f"loss.{key} {getattr(self, key):g} applies to the terms with the weights {weights}, which are all "
+                    "0; remove it, or set one of them"
+                )
 
-    @property
-    def compares_sense_distributions(self) -> bool:
-        """True if there is a sense loss in the form that reads the teacher's hidden states."""
-        return self.sense_weight > 0 and self.sense_form == "distribution"
+    def readers(self, *inputs: Input) -> list[Term]:
+        """Returns the terms of this loss that read one of these inputs, in the order of the table."""
+        return [term for term in minimised_terms() if not set(inputs).isdisjoint(term.inputs(self))]
+
+    def reads(self, *inputs: Input) -> bool:
+        """Returns True if a term of this loss reads one of these inputs."""
+        return bool(self.readers(*inputs))
+
+    def keys_that_read(self, *inputs: Input) -> str:
+        """Returns the keys due to which terms of this loss read these inputs, with their values, for messages."""
+        readers = [(term, next(name for name in inputs if name in term.inputs(self))) for term in self.readers(*inputs)]
+        return " and ".join(term.key_that_reads(name, self)[0] for term, name in readers)
 
     @property
     def compares_states(self) -> bool:
         """True if a term of the loss compares the student's states with the teacher's, or with sense embeddings."""
-        return self.hidden_weight > 0 or self.sense_weight > 0
+        return self.reads("teacher_states", "sense_rows")
 
     @property
     def needs_teacher(self) -> bool:
-        """True if a term of the loss reads the teacher's hidden states."""
-        return self.kd_weight > 0 or self.hidden_weight > 0 or self.compares_sense_distributions
+        """True if a term of the loss reads the teacher's hidden states, or what follows from them."""
+        return self.reads("teacher_probabilities", "teacher_states")
 
 
-def _remote_folder(place: str) -> str:
-    if not re.match(r"[a-z0-9]+://[^/\s]|/", place):
+def _remote_folder(folder: str) -> str:
+    if not re.match(r"[a-z0-9]+://[^/\s]|/", folder):
         raise ValueError(
-            f"{place!r} is not a remote folder; give SCHEME://BUCKET/FOLDER, or a folder that begins with /"
+            f"{folder!r} is not a remote folder; give SCHEME://BUCKET/FOLDER, or a folder that begins with /"
         )
-    return place
+    return folder
 
 
 class TrainConfig(Section):

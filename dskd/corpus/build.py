@@ -26,14 +26,14 @@ from dskd.console import progress, progress_bar, say, stage, warn
 from dskd.corpus import hub
 from dskd.corpus.chats import documents as chats
 from dskd.corpus.files import Document, read_file
-from dskd.corpus.finding import TextFiles, find_files, fingerprint
+from dskd.corpus.finding import TextFiles, find_files, fingerprint_of_text
 from dskd.corpus.hub import read_dataset
 from dskd.corpus.tasks import documents as tasks
 from dskd.corpus.written.blocks import FILE
 from dskd.corpus.written.judging import Judged, documents_of, judge_texts, write_senses
 from dskd.errors import UserError, shortened
 from dskd.lexicon.wordnet import WordNet, open_wordnet, spelled
-from dskd.models.folder import FindTeacher, find_teacher
+from dskd.models.files.folder import FindTeacher, find_teacher
 
 SPLITS = ("train", "validation")
 _SCHEMA = pa.schema([("document", pa.string()), ("text", pa.string())])
@@ -41,7 +41,7 @@ _SCHEMAS = {
     "tasks": _SCHEMA.append(pa.field("continuation_tokens", pa.int32())),
     "chat": _SCHEMA.append(pa.field("tokens", pa.list_(pa.int32()))).append(pa.field("counted", pa.list_(pa.uint8()))),
 }
-BATCH_DOCUMENTS = 1000
+_BATCH_DOCUMENTS = 1000
 _BATCH_CHARACTERS = 32_000_000  # written earlier at this size: a thousand books would need too much memory
 # Settings of `corpus` that do not affect its documents; the digests of benchmarks' documents stand for `tasks`, and the
 # digest of the teacher's texts for how they were written.
@@ -60,20 +60,20 @@ def recipe(config: Config, find: FindTeacher | None = None) -> Recipe:
     if corpus.source == "wordnet":
         inputs = {"wordnet": open_wordnet(config.wordnet.path).digest}
     elif corpus.source == "tasks":
-        inputs = tasks.fingerprint(config, find)
+        inputs = tasks.inputs_of_tasks(config, find)
     elif corpus.source == "teacher":
         inputs = {
             "wordnet": open_wordnet(config.wordnet.path).digest,  # its morphology finds a text's word
             "written": read_manifest(config.path(kinds.WRITTEN.folder), kinds.WRITTEN.name).digest,
         }
     elif corpus.dataset is not None:
-        inputs = hub.fingerprint(corpus)
+        inputs = hub.inputs_of_dataset(corpus)
     else:
         paths = [*_find(config, "train").files, *_find(config, "validation").files]
-        inputs = {str(path): fingerprint(path) for path in paths}
+        inputs = {str(path): fingerprint_of_text(path) for path in paths}
     settings = {key: value for key, value in corpus.as_dict().items() if key not in _NOT_IN_RECIPE}
     if corpus.source == "chat":
-        inputs |= chats.fingerprint(find())
+        inputs |= chats.inputs_of_chats(find())
     else:
         del settings["loss_on"]  # so that a corpus written before chats could be read stays up to date
     return Recipe(kinds.CORPUS.name, inputs, settings)
@@ -176,7 +176,7 @@ def _read_column(config: Config, split: str, name: str) -> Iterator[Any]:
 
 def _batches_of_columns(config: Config, split: str, names: list[str]) -> Iterator[pa.RecordBatch]:
     file = pq.ParquetFile(config.path(kinds.CORPUS.folder, f"{split}.parquet"))
-    yield from file.iter_batches(BATCH_DOCUMENTS, columns=names)
+    yield from file.iter_batches(_BATCH_DOCUMENTS, columns=names)
 
 
 def read_wordnet_documents(wordnet: WordNet) -> Iterator[Document]:
@@ -287,7 +287,7 @@ def _write_splits(folder: Path, documents: Iterator[tuple[str, Document]], corpu
             counts[split] += 1
             pending[split].append(document)
             characters[split] += len(document.text)
-            if len(pending[split]) == BATCH_DOCUMENTS or characters[split] >= _BATCH_CHARACTERS:
+            if len(pending[split]) == _BATCH_DOCUMENTS or characters[split] >= _BATCH_CHARACTERS:
                 flush(split)
         for split in SPLITS:
             flush(split)

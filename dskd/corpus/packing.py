@@ -20,9 +20,9 @@ import numpy as np
 
 from dskd.artifacts.tensor_file import create_tensors
 from dskd.console import progress_bar
-from dskd.corpus.build import BATCH_DOCUMENTS
 from dskd.models.tokenizing import Tokenizing
 
+_BATCH_DOCUMENTS = 1000  # tokenized at one time, or fewer with as many characters
 _BATCH_CHARACTERS = 4_000_000
 _COPIED_TOKENS = 4_000_000
 
@@ -172,7 +172,7 @@ def batched(texts: Iterable[str]) -> Iterator[list[str]]:
     for text in texts:
         batch.append(text)
         characters += len(text)
-        if len(batch) == BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:

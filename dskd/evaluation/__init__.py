@@ -1,6 +1,7 @@
 """Evaluations of the teacher, the untrained student and trained runs.
 
-evaluations        the table: a row for each, with its kind, its option, how it runs, and its section of model cards
+programs           runs them: their options, functions, and stages of the pipeline
+evaluations        the table: a row for each, with its kind, its titles, and its section of model cards
 suite              the steps that all evaluations share
 models             the models that are evaluated
 scores_by_example  the file of each example's scores

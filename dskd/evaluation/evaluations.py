@@ -1,52 +1,18 @@
-"""The table of evaluations: a row for each, with the kind of its results, how it runs, and what model cards show.
+"""The table of evaluations: a row for each, with the kind of its results, and what comparisons and model cards show.
 
-A further evaluation is a module that measures with :mod:`dskd.evaluation.suite`, a row here, and the kind of its folder
-in :mod:`dskd.artifacts.kinds`. The options of `launcher/evaluate.py`, the stages of the pipeline, comparisons and model
-cards follow from the row. The modules that evaluate are imported only when they run, so that `--help` does not wait for
-torch.
+A further evaluation is a module that measures with :mod:`dskd.evaluation.suite`, a row here, the kind of its folder in
+:mod:`dskd.artifacts.kinds`, and a row in :mod:`dskd.evaluation.programs`, which run it.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dskd.artifacts import kinds
 from dskd.artifacts.kinds import Kind
 from dskd.config import TASKS, Config
 from dskd.corpus.tasks.benchmarks import BENCHMARKS as QUESTIONS
-from dskd.distributed.world import World
 from dskd.evaluation.card_sections import CardSection, readable, with_error
 from dskd.training.exporting import HELD_OUT_TEXT
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """The arguments of a command line that an evaluation reads."""
-
-    names: Sequence[str]  # after the option
-    models: Sequence[str] | None  # names of models (teacher, student, runs); None: all that exist
-    force: bool  # also evaluate what is up to date
-
-
-@dataclass(frozen=True)
-class InPipeline:
-    """The stage of the pipeline that runs an evaluation."""
-
-    stage: str  # its name
-    names: Callable[[Config], Sequence[str] | None]  # after the program's option; None: the config asks for no stage
-    are_current: Callable[[Config, Sequence[str], Any], bool]  # of these names, with the teacher's ModelFolder
-
-
-@dataclass(frozen=True)
-class Program:
-    """A program that `launcher/evaluate.py` runs on all ranks. Several evaluations can have the same one."""
-
-    option: str  # with which it runs, without --; "" if it runs without an option
-    help: str
-    run: Callable[[Config, World, Arguments], object]
-    takes: tuple[str, ...] = ()  # the names that may follow the option
-    in_pipeline: InPipeline | None = None  # None: only users run it
 
 
 @dataclass(frozen=True)
@@ -57,7 +23,6 @@ class Evaluation:
     title: str  # heads its measures in a comparison
     heading: str  # heads its output, before the model's name
     kind: Kind  # of its results
-    program: Program
     in_card: CardSection
     part: str = ""  # the benchmark, if the results of several have the same kind
 
@@ -84,36 +49,6 @@ class Evaluation:
         return config.path(first, model, *rest)
 
 
-def _run_held_out_text(config: Config, world: World, arguments: Arguments) -> None:
-    from dskd.evaluation.held_out_text import evaluate
-
-    evaluate(config, world, force=arguments.force)
-
-
-def _held_out_text_is_current(config: Config, names: Sequence[str], teacher: Any) -> bool:
-    from dskd.evaluation.held_out_text import are_current
-
-    return are_current(config, teacher)
-
-
-def _run_lexical(config: Config, world: World, arguments: Arguments) -> None:
-    from dskd.evaluation.lexical.run import run_lexical
-
-    run_lexical(config, world, arguments.models, force=arguments.force)
-
-
-def _run_tasks(config: Config, world: World, arguments: Arguments) -> None:
-    from dskd.evaluation.tasks import run_tasks
-
-    run_tasks(config, world, arguments.names or config.tasks.evaluate, arguments.models, force=arguments.force)
-
-
-def _tasks_are_current(config: Config, names: Sequence[str], teacher: Any) -> bool:
-    from dskd.evaluation.tasks import are_current
-
-    return are_current(config, names, teacher)
-
-
 def _section_of_benchmark(name: str) -> CardSection:
     metric = QUESTIONS[name].metric
     return CardSection(
@@ -131,12 +66,6 @@ HELD_OUT = Evaluation(
     "Held-out text",
     "evaluate",
     kinds.EVALUATION,
-    Program(
-        "",
-        "",
-        _run_held_out_text,
-        in_pipeline=InPipeline("evaluation", lambda config: (), _held_out_text_is_current),
-    ),
     CardSection(
         HELD_OUT_TEXT,
         lambda measures: "Held-out text",
@@ -149,11 +78,6 @@ LEXICAL = Evaluation(
     "Words and senses",
     "lexical knowledge",
     kinds.LEXICAL,
-    Program(
-        "lexical",
-        "measure lexical knowledge instead: sense separation, synonyms against antonyms, … (docs/evaluation.md)",
-        _run_lexical,
-    ),
     CardSection(
         "lexical",
         lambda measures: "Words and senses, ± standard error",
@@ -164,18 +88,7 @@ LEXICAL = Evaluation(
         lambda measures: {},
     ),
 )
-_ON_BENCHMARKS = Program(
-    "tasks",
-    f"evaluate on benchmarks instead: {', '.join(TASKS)}, or all; without a name: those of tasks.evaluate",
-    _run_tasks,
-    takes=(*TASKS, "all"),
-    in_pipeline=InPipeline("tasks", lambda config: config.tasks.evaluate or None, _tasks_are_current),
-)
 BENCHMARKS: dict[str, Evaluation] = {
-    name: Evaluation(name, "Benchmarks", name, kinds.TASK, _ON_BENCHMARKS, _section_of_benchmark(name), part=name)
-    for name in TASKS
+    name: Evaluation(name, "Benchmarks", name, kinds.TASK, _section_of_benchmark(name), part=name) for name in TASKS
 }
 EVALUATIONS = {evaluation.name: evaluation for evaluation in (HELD_OUT, LEXICAL, *BENCHMARKS.values())}
-PROGRAMS = tuple(
-    dict.fromkeys(evaluation.program for evaluation in EVALUATIONS.values())
-)  # the one without option first

@@ -35,11 +35,11 @@ from dskd.evaluation.evaluations import HELD_OUT
 from dskd.evaluation.models import TEACHER, Candidate, candidates, load_candidate, same_on_all_ranks
 from dskd.evaluation.scores_by_example import Examples, Measure, save_examples
 from dskd.evaluation.suite import EXAMPLES_FILE, Measurement, Outcome
-from dskd.models.folder import ModelFolder
-from dskd.models.frozen import FrozenModel
-from dskd.models.output_head import OutputHead
-from dskd.models.precision import resolve_precision
-from dskd.models.readouts import chunk_size, next_token
+from dskd.models.files.folder import ModelFolder
+from dskd.models.running.frozen import FrozenModel
+from dskd.models.running.precision import resolve_precision
+from dskd.models.running.readouts import chunk_size, next_token
+from dskd.models.structure.output_head import OutputHead
 from dskd.senses.dictionary import SenseDictionary, load_dictionary
 
 MEASURES = (

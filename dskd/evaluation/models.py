@@ -11,9 +11,9 @@ from dskd.console import say
 from dskd.distributed.collectives import gather_json, main_first, on_main
 from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError
-from dskd.models.digests import digest_cache, digest_of_model
-from dskd.models.folder import ModelFolder, find_teacher
-from dskd.models.frozen import FrozenModel, load_frozen
+from dskd.models.files.digests import digest_cache, digest_of_model
+from dskd.models.files.folder import ModelFolder, find_teacher
+from dskd.models.running.frozen import FrozenModel, load_frozen
 from dskd.students.student import find_student
 from dskd.training.exporting import export
 
@@ -44,7 +44,7 @@ def candidates(config: Config, teacher: ModelFolder | None = None) -> list[Candi
             require_same(
                 "teachers",
                 expected=teacher.digest,
-                found=manifest.teacher,
+                actual=manifest.teacher,
                 between=f"{folder.path} and what is here now",
                 remedy=f"train and export it again, or remove {folder.path}",
             )

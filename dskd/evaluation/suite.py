@@ -19,7 +19,7 @@ from dskd.distributed.collectives import on_main
 from dskd.distributed.world import World
 from dskd.evaluation.evaluations import Evaluation
 from dskd.evaluation.models import Candidate, load_candidate
-from dskd.models.frozen import FrozenModel
+from dskd.models.running.frozen import FrozenModel
 from dskd.tracking import forget_unlogged, log_results, note_unlogged, read_unlogged
 
 FILE, EXAMPLES_FILE = "measures.json", "examples.parquet"

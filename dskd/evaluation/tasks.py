@@ -31,11 +31,11 @@ from dskd.evaluation.scores_by_example import Measure, metadata_of
 from dskd.evaluation.suite import EXAMPLES_FILE, FILE, Measurement, Outcome
 from dskd.evaluation.task_questions import Task, load_task, require_same_data
 from dskd.evaluation.task_scoring import answer_of, measures_of, score_of, weights_of
-from dskd.models.folder import ModelFolder
-from dskd.models.frozen import FrozenModel
-from dskd.models.generation import before_end, end_tokens, ends_of_answers_only, generate_greedily
+from dskd.models.files.folder import ModelFolder
 from dskd.models.limits import check_new_tokens, position_limit, vocabulary_size
-from dskd.models.precision import resolve_precision
+from dskd.models.running.frozen import FrozenModel
+from dskd.models.running.generation import before_end, end_tokens, ends_of_answers_only, generate_greedily
+from dskd.models.running.precision import resolve_precision
 from dskd.models.tokenizing import has_more_tokens, require_known
 
 _SCHEMA = pa.schema(
@@ -148,8 +148,8 @@ def check_prompts(config: Config, model: Candidate, prompter: Prompter, tasks: S
             continue
         for question in task.questions:
             tokens = prompter.tokens(prompter.text(question))
-            place = f"tasks.{task.name}: the prompt of {question.example.name!r} for {model.folder.path}"
-            require_known(tokens, vocab_size, prompter.tokenizer, place)
+            text_name = f"tasks.{task.name}: the prompt of {question.example.name!r} for {model.folder.path}"
+            require_known(tokens, vocab_size, prompter.tokenizer, text_name)
 
 
 def summary(config: Config, models: Sequence[str], tasks: Sequence[Task]) -> str:

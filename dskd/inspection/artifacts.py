@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.files.folder import ModelFolder, find_teacher
 
 T = TypeVar("T")
 
@@ -20,13 +20,13 @@ class Teacher:
     vocab_size: int
 
 
-def open_teacher(config: Config, found: ModelFolder | None = None) -> Teacher:
-    """Opens the teacher of the experiment, or `found`, its folder, if it was found before.
+def open_teacher(config: Config, folder: ModelFolder | None = None) -> Teacher:
+    """Opens the teacher of the experiment, or `folder`, its folder, if it was found before.
 
     Raises:
         UserError: if it is missing or damaged.
     """
-    folder = found or find_teacher(config)
+    folder = folder or find_teacher(config)
     return Teacher(folder, folder.tokenizer, folder.load_config().vocab_size)
 
 

@@ -18,13 +18,13 @@ from dskd.losses.logits import hidden_distance, logit_losses
 from dskd.losses.sense_distance import sense_loss
 from dskd.losses.sense_distribution import sense_divergence
 from dskd.losses.terms import DENOMINATORS, SUMS
-from dskd.models.output_head import LogitTransform
-from dskd.models.readouts import TopTokens
+from dskd.models.running.readouts import TopTokens
+from dskd.models.structure.output_head import LogitTransform
 
 # A matrix product needs many positions: with few, it spends its time reading the matrix. The losses pass about twenty
 # times through float32 copies of the logits, which are fast if these stay in the caches. So a chunk of positions has
 # logits at once, and the losses take them a block at a time. A GPU's chunks are larger here than in
-# `dskd.models.readouts`, which makes a float32 copy of a whole chunk and has only one matrix product.
+# `dskd.models.running.readouts`, which makes a float32 copy of a whole chunk and has only one matrix product.
 _TRAINED_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 _TILE = 256  # positions: whole tiles of a GPU's matrix products
 _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
@@ -122,12 +122,12 @@ class DistillationHead(nn.Module):
             normalizers: the factors for the sums.
             teacher_hidden: [B, T, D'], needed if a term reads the teacher.
             teacher_cache: replaces `teacher_hidden` for the KL: the fields of
-                :class:`dskd.models.readouts.TopTokens`, [B, T, …] each.
+                :class:`dskd.models.running.readouts.TopTokens`, [B, T, …] each.
             senses: the batch's inputs for the sense loss in the form that `loss.sense_form` names
                 (:mod:`dskd.losses.sense_distance`), with positions as indices into B·T.
             token_weights: [B, T], the weight of each position in CE and KL; None means 1 everywhere.
             mapped: [B, T, D'], the states at the teacher's width, which the hidden and the sense term then read instead
-                of `hidden` (:mod:`dskd.training.width_map`).
+                of `hidden` (:mod:`dskd.training.models.width_map`).
 
         Returns:
             A scalar, and the detached sums [len(SUMS)] float32 of the terms over this rank's micro-batch, without
@@ -235,8 +235,8 @@ class DistillationHead(nn.Module):
             weight_grad = torch.zeros_like(self.weight, dtype=_accumulator(self.weight))
         # Chunk by chunk, the logits give the values and their own gradient, which the chain rule turns into gradients
         # with respect to the states and the matrix before the next chunk takes their place.
-        # `dskd.models.readouts.read_logits` does not fit: the gradients need no logits after their chunk, and teacher
-        # and student may share one product.
+        # `dskd.models.running.readouts.read_logits` does not fit: the gradients need no logits after their chunk, and
+        # teacher and student may share one product.
         for part in self.chunks(len(states)):
             logits, *teacher = self._logits(states[part], None if teacher_states is None else teacher_states[part])
             if cache is not None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from dskd.models.readouts import TopTokens
+from dskd.models.running.readouts import TopTokens
 
 _LOG_2 = 0.6931471805599453
 

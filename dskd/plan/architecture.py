@@ -12,14 +12,14 @@ from typing import Any
 from dskd.artifacts import kinds
 from dskd.config import Config, CorpusConfig
 from dskd.errors import UserError, first_line, listed
-from dskd.models.architecture import check_architecture
-from dskd.models.causal_lm import empty_model
-from dskd.models.cut_config import cut_config
-from dskd.models.folder import ModelFolder, gguf_hint, refuse_file
+from dskd.models.checks.architecture import check_architecture
+from dskd.models.files.folder import ModelFolder, gguf_hint, refuse_file
+from dskd.models.files.gguf_file import read_gguf
+from dskd.models.files.model_config import load_json
 from dskd.models.gguf.config import read_config
-from dskd.models.gguf.file import read_gguf
-from dskd.models.layers import check_kinds
-from dskd.models.model_config import load_json
+from dskd.models.structure.causal_lm import empty_model
+from dskd.models.structure.cut_config import cut_config
+from dskd.models.structure.layers import check_kinds
 from dskd.plan.known_models import KNOWN_MODELS
 from dskd.students.new import config_values, intermediate_size
 
@@ -199,8 +199,8 @@ def _require_decoder(values: dict[str, Any], where: str) -> None:
         named = [name for name in (key, aliases.get(key, key)) if name in values]
         value = values[named[0]] if named else None
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            found = f"found {value!r}" if named else "it is missing"
-            problems.append(f"{key}: expected a number, 1 or more; {found}")
+            finding = f"found {value!r}" if named else "it is missing"
+            problems.append(f"{key}: expected a number, 1 or more; {finding}")
     if problems:
         raise UserError(listed(f"{where} is not the config.json of a decoder", problems))
 

@@ -46,7 +46,7 @@ class Cluster:
         """
         import torch  # imported here so that `dskd plan --help` does not wait for it
 
-        from dskd.models.precision import compute_dtype
+        from dskd.models.running.precision import compute_dtype
 
         if self.device == "cuda":
             return torch.float32 if precision == "fp32" else torch.bfloat16

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 from dskd.config import Config
-from dskd.models.room import FLOAT32_BYTES
+from dskd.models.checks.room import FLOAT32_BYTES
 from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.shapes import Shapes, Student
 from dskd.plan.stored import stored_in_shards
 from dskd.senses.dictionary import VALUE_BYTES
 from dskd.shards import StoredStates, sample_bytes
-from dskd.training.checkpoint_writing import ELEMENT_BYTES
+from dskd.training.checkpoints.writing import ELEMENT_BYTES
 
 
 @dataclass(frozen=True)

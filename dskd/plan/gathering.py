@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dskd.models.causal_lm import MAX_LIVE, MAX_REUSE_DISTANCE, PREFETCHED
+from dskd.models.structure.causal_lm import MAX_LIVE, MAX_REUSE_DISTANCE, PREFETCHED
 from dskd.plan.shapes import Shapes, Weight
 
 

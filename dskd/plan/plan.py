@@ -18,8 +18,8 @@ from dskd.plan.stored import stored_in_shards
 from dskd.plan.stored_speed import StatesComparison, compare_with_stored_states
 from dskd.plan.writing import Writing, plan_writing
 from dskd.shards import StoredStates
+from dskd.training.models.teacher_source import as_annotated
 from dskd.training.schedule import count_steps, divide_batch
-from dskd.training.teacher_source import as_annotated
 
 RELATIONS = 0.2  # assumed share of targets with a synonym or antonym, if it is not known: more than WordNet gives
 
@@ -40,6 +40,7 @@ class Plan:
     memory: Memory
     before: tuple[StageMemory, ...]
     is_annotated: bool  # the shards exist, so the stages before training are done
+    is_outdated: bool  # the shards exist, and hold other data of the teacher than the plan counts with
     speed: Speed
     comparison: (
         StatesComparison | None
@@ -133,9 +134,10 @@ def make_plan(
     )
     disk = compute_disk(config, cluster, architecture, teacher, student, samples=samples, steps=steps)
     before = stages_before(config, cluster, architecture, teacher, states=disk.states, rows=disk.senses)
+    is_annotated = shards is not None and _are_current(shards, config, to_store)
     return Plan(
         config, cluster, architecture, teacher, student, **batches, samples=samples, steps=steps, memory=memory,
-        before=before, is_annotated=shards is not None and _are_current(shards, config, to_store), speed=speed,
+        before=before, is_annotated=is_annotated, is_outdated=shards is not None and not is_annotated, speed=speed,
         comparison=comparison, disk=disk, writing=plan_writing(config, cluster, architecture, teacher),
     )  # fmt: skip
 

@@ -7,14 +7,14 @@ from torch import nn
 
 from dskd.config import Config, StudentConfig
 from dskd.errors import UserError
-from dskd.models.trained import choose_trained
-from dskd.models.trunk import TrunkError, refuse_if_required, trunk_depth
+from dskd.models.structure.trained import choose_trained
+from dskd.models.structure.trunk import TrunkError, refuse_if_required, trunk_depth
 from dskd.plan.architecture import Architecture, architecture_of_student
 from dskd.shards import TRUNK_STATES
 from dskd.shards.stored_states import stored_trunk_depth
 from dskd.students.spacing import choose_layers, chosen_layers, require_removable
-from dskd.training.teacher_source import TeacherSource, reads_logits
-from dskd.training.width_map import has_width_map
+from dskd.training.models.teacher_source import TeacherSource, reads_logits
+from dskd.training.models.width_map import has_width_map
 
 
 @dataclass(frozen=True)

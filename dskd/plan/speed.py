@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from dskd.config import Config
-from dskd.models.weights import LAYER_NAME
+from dskd.models.files.weights import LAYER_NAME
 from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import Gathered
 from dskd.plan.running import experts_per_token
 from dskd.plan.shapes import Shapes, Student
 from dskd.plan.stored import columns_read, loads_teacher
-from dskd.training.teacher_source import TeacherSource, reads_logits
-from dskd.training.width_map import has_width_map
+from dskd.training.models.teacher_source import TeacherSource, reads_logits
+from dskd.training.models.width_map import has_width_map
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import torch
 
 from dskd.config import Config
 from dskd.shards import TEACHER_STATES, TRUNK_STATES, StoredStates
-from dskd.training.teacher_source import TeacherSource
+from dskd.training.models.teacher_source import TeacherSource
 
 
 def loads_teacher(config: Config) -> bool:

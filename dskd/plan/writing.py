@@ -18,8 +18,8 @@ from dskd.config.data import KEYS_OF_TEXTS
 from dskd.corpus.written.requests import find_senses
 from dskd.errors import UserError, first_line
 from dskd.lexicon.wordnet import needs_no_download, open_wordnet
-from dskd.models.folder import has_tokenizer, load_tokenizer
-from dskd.models.sampling import is_whole
+from dskd.models.files.folder import has_tokenizer, load_tokenizer
+from dskd.models.running.sampling import is_whole
 from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.memory import RESERVED_ON_GPU, RESERVED_ON_HOST

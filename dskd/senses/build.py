@@ -18,9 +18,9 @@ from dskd.corpus.sequences import Sequences, load_sequences
 from dskd.distributed.collectives import barrier, main_first, on_main
 from dskd.distributed.world import World
 from dskd.lexicon.relations import lexicon_manifest
-from dskd.models.folder import ModelFolder, find_teacher
-from dskd.models.frozen import load_frozen
-from dskd.models.precision import resolve_precision
+from dskd.models.files.folder import ModelFolder, find_teacher
+from dskd.models.running.frozen import load_frozen
+from dskd.models.running.precision import resolve_precision
 from dskd.senses.assemble import assemble, write_part
 from dskd.senses.cluster import CLUSTER_SETTINGS, TokenSenses, cluster, senses_per_token
 from dskd.senses.dictionary import FILE, load_fitting_dictionary

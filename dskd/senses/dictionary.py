@@ -16,8 +16,8 @@ from dskd.artifacts.manifest import Manifest, read_manifest, require_same
 from dskd.artifacts.tensor_file import map_tensor
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder
-from dskd.models.weights import open_safetensors
+from dskd.models.files.folder import ModelFolder
+from dskd.models.files.weights import open_safetensors
 from dskd.senses.csr import sums_of_lists
 from dskd.senses.entries import ENTRY_TENSORS, Entries
 
@@ -145,11 +145,11 @@ def require_fitting(dictionary: SenseDictionary, manifest: Manifest, teacher: Mo
             f"states have {hidden_size}; {remedy}"
         )
     between = f"{dictionary.path.parent} and the teacher"
-    for what, expected, found in (
+    for what, expected, actual in (
         ("tokenizers", teacher.tokenizer_digest, manifest.tokenizer),
         ("teachers", teacher.digest, manifest.teacher),
     ):
-        require_same(what, expected=expected, found=found, between=between, remedy=remedy)
+        require_same(what, expected=expected, actual=actual, between=between, remedy=remedy)
 
 
 def map_vectors(path: Path) -> np.ndarray:

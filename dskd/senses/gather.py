@@ -26,9 +26,9 @@ from dskd.console import progress_bar, say, warn
 from dskd.corpus.sequences import Sequences, TokenBatch
 from dskd.distributed.collectives import broadcast_json, gather_json, on_main
 from dskd.distributed.world import World
-from dskd.models.frozen import FrozenModel
-from dskd.models.output_head import OutputHead
-from dskd.models.readouts import predict
+from dskd.models.running.frozen import FrozenModel
+from dskd.models.running.readouts import predict
+from dskd.models.structure.output_head import OutputHead
 from dskd.random_numbers import derived_seed, random_bits
 from dskd.senses.reservoir import Reservoir
 from dskd.senses.states import read_states_of, states_of

@@ -17,7 +17,7 @@ from dskd.config import Config
 from dskd.console import progress_bar, stage
 from dskd.errors import UserError, listed
 from dskd.lexicon.relations import lexicon_manifest
-from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.files.folder import ModelFolder, find_teacher
 from dskd.senses.assemble import assemble, write_part
 from dskd.senses.cluster import CLUSTER_SETTINGS, TokenSenses, cluster, senses_per_token
 from dskd.senses.csr import offsets_of

@@ -6,7 +6,7 @@ import torch
 
 from dskd.corpus.sequences import TokenBatch
 from dskd.errors import UserError
-from dskd.models.frozen import FrozenModel, Readout
+from dskd.models.running.frozen import FrozenModel, Readout
 
 
 def states_of(model: FrozenModel, batch: TokenBatch, first: int) -> torch.Tensor:

@@ -12,14 +12,13 @@ neither synonym nor antonym.
 
 Three options use the teacher further. With `annotation.continuation_tokens` it first continues the training texts
 (:mod:`dskd.shards.continuations`). With `annotation.teacher_top_n` its most probable tokens at each position are stored
-(:mod:`dskd.models.readouts`), and with `annotation.store` its states (:mod:`dskd.shards.stored_states`).
+(:mod:`dskd.models.running.readouts`), and with `annotation.store` its states (:mod:`dskd.shards.stored_states`).
 
 The result is a set of streaming shards, written in blocks of sequences. A block's size does not depend on the ranks, so
 any number of ranks writes the same files, and a resumed run keeps the blocks written before the interruption.
 """
 
 from collections import Counter
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -35,10 +34,10 @@ from dskd.corpus.build import SPLITS
 from dskd.corpus.sequences import TokenBatch
 from dskd.distributed.collectives import barrier, main_first, on_main
 from dskd.distributed.world import World
-from dskd.models.folder import find_teacher
-from dskd.models.frozen import load_frozen
-from dskd.models.readouts import chunk_size
-from dskd.models.trunk import HandOver
+from dskd.models.files.folder import find_teacher
+from dskd.models.running.frozen import load_frozen
+from dskd.models.running.readouts import chunk_size
+from dskd.models.structure.trunk import HandOver
 from dskd.shards import join_blocks
 from dskd.shards.blocks import WritingThread, block_folder, blocks_of, shard_format_of
 from dskd.shards.continuations import Continuer
@@ -165,7 +164,7 @@ def _annotate_split(
         barrier()
         text = inputs.text.files[sequences.path.name]["sha256"]
         if stored is not None:
-            building.facts["stored"] = asdict(stored)
+            building.facts["stored"] = stored.as_facts()
         with report_full_disk(building.folder):
             on_main(lambda: _publish(building, blocks, text))
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from dskd.corpus.sequences import TokenBatch
-from dskd.models.frozen import FrozenModel
-from dskd.models.generation import end_tokens, generate_greedily
+from dskd.models.running.frozen import FrozenModel
+from dskd.models.running.generation import end_tokens, generate_greedily
 from dskd.random_numbers import derived_seed, random_bits
 
 

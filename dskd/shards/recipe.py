@@ -8,9 +8,9 @@ from dskd.config import Config
 from dskd.corpus.build import SPLITS
 from dskd.corpus.sequences import Sequences, load_sequences
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder
-from dskd.models.generation import ends_of_answers_only
-from dskd.models.precision import resolve_precision
+from dskd.models.files.folder import ModelFolder
+from dskd.models.running.generation import ends_of_answers_only
+from dskd.models.running.precision import resolve_precision
 from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
 from dskd.shards.schema import TRUNK_STATES, StoredStates
 from dskd.shards.stored_states import plan_stored

@@ -1,9 +1,9 @@
 """The teacher's states in the shards: which are stored, and their columns for a batch (`annotation.store`).
 
 Training computes a loss from the teacher's last hidden states, and the student starts from those that enter its lowest
-layer that is not shared (:mod:`dskd.models.trunk`). Both are the same in every epoch, run and seed, so annotation,
-which computes them anyway, can store them. They are stored bit by bit in the type that models compute in, so training
-reads the very numbers that it would compute.
+layer that is not shared (:mod:`dskd.models.structure.trunk`). Both are the same in every epoch, run and seed, so
+annotation, which computes them anyway, can store them. They are stored bit by bit in the type that models compute in,
+so training reads the very numbers that it would compute.
 
 Shapes: B sequences, T tokens, T' positions up to a sequence's last one with a target, D hidden.
 """
@@ -23,11 +23,11 @@ from dskd.console import gigabytes
 from dskd.corpus.sequences import Sequences, TokenBatch
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder
-from dskd.models.frozen import FrozenModel
-from dskd.models.layers import recorded
-from dskd.models.precision import resolve_precision
-from dskd.models.trunk import TrunkError, require_same_shapes, trunk_depth
+from dskd.models.files.folder import ModelFolder
+from dskd.models.running.frozen import FrozenModel
+from dskd.models.running.precision import resolve_precision
+from dskd.models.structure.layers import recorded
+from dskd.models.structure.trunk import TrunkError, require_same_shapes, trunk_depth
 from dskd.shards.schema import (
     DTYPE_OF,
     LARGEST_SHARD,

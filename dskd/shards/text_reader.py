@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from dskd.corpus.sequences import TokenBatch
-from dskd.models.frozen import FrozenModel
-from dskd.models.readouts import TopTokens, top_tokens
-from dskd.models.trunk import HandOver
+from dskd.models.running.frozen import FrozenModel
+from dskd.models.running.readouts import TopTokens, top_tokens
+from dskd.models.structure.trunk import HandOver
 from dskd.senses.states import read_states_of, states_of
 from dskd.shards.continuations import Continuer
 

@@ -11,8 +11,8 @@ from dskd.artifacts.manifest import read_manifest
 from dskd.config import Config
 from dskd.console import warn
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder, find_pretrained_student
-from dskd.models.generation import GENERATION_CONFIG
+from dskd.models.files.folder import ModelFolder, find_pretrained_student
+from dskd.models.running.generation import GENERATION_CONFIG
 
 
 def copies_are_current(config: Config, teacher: ModelFolder) -> bool:

@@ -18,15 +18,15 @@ from dskd.artifacts.hashing import MANIFEST_NAME
 from dskd.artifacts.manifest import Recipe, read_manifest, write_json
 from dskd.config import Config
 from dskd.console import say, stage
-from dskd.models.architecture import check_architecture
-from dskd.models.causal_lm import empty_model
-from dskd.models.cut_config import cut_config
-from dskd.models.folder import ADAPTER_CONFIG, CONFIG_AND_TOKENIZER, ModelFolder, attention_key
-from dskd.models.layers import check_kinds
-from dskd.models.loading import load_with_transformers
-from dskd.models.precision import resolve_precision
-from dskd.models.stored_names import check_stored_tensors
-from dskd.models.weights import LAYER_NAME, WEIGHTS_INDEX, TensorReader, renumber_layer, write_weights
+from dskd.models.checks.architecture import check_architecture
+from dskd.models.checks.loading import load_with_transformers
+from dskd.models.files.folder import ADAPTER_CONFIG, CONFIG_AND_TOKENIZER, ModelFolder, attention_key
+from dskd.models.files.stored_names import check_stored_tensors
+from dskd.models.files.weights import LAYER_NAME, WEIGHTS_INDEX, TensorReader, renumber_layer, write_weights
+from dskd.models.running.precision import resolve_precision
+from dskd.models.structure.causal_lm import empty_model
+from dskd.models.structure.cut_config import cut_config
+from dskd.models.structure.layers import check_kinds
 from dskd.students.measuring import measure_importance
 from dskd.students.pruned_teacher import can_be_compared, compare_with_pruned_teacher
 from dskd.students.spacing import as_text, choose_layers, num_removed_layers, settings_of

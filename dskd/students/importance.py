@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 
 from dskd.errors import UserError
-from dskd.models.frozen import Decoder
-from dskd.models.layers import recorded
+from dskd.models.running.frozen import Decoder
+from dskd.models.structure.layers import recorded
 from dskd.students.spacing import Importance
 
 

@@ -10,9 +10,9 @@ from dskd.artifacts.disk_space import report_full_disk
 from dskd.artifacts.manifest import Recipe
 from dskd.config import Config, NewStudentConfig
 from dskd.console import say, stage
-from dskd.models.folder import ModelFolder
+from dskd.models.checks.room import require_room
+from dskd.models.files.folder import ModelFolder
 from dskd.models.limits import position_limit, vocabulary_size
-from dskd.models.room import require_room
 from dskd.random_numbers import derived_seed
 from dskd.students.cutting import copy_other_files
 

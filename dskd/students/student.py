@@ -10,7 +10,7 @@ from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, Recipe, read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder, find_pretrained_student, find_teacher
+from dskd.models.files.folder import ModelFolder, find_pretrained_student, find_teacher
 from dskd.students import cutting, new, pretrained
 from dskd.students.spacing import require_chosen_layers
 

@@ -11,19 +11,19 @@ from dskd.artifacts.manifest import Manifest, Recipe, read_manifest, verify_file
 from dskd.config import Config
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder, find_teacher
-from dskd.models.precision import resolve_precision
+from dskd.models.files.folder import ModelFolder, find_teacher
+from dskd.models.running.precision import resolve_precision
 from dskd.random_numbers import derived_seed
 from dskd.senses.dictionary import load_dictionary, require_fitting
 from dskd.students.copies import warn_of_old_copies
 from dskd.students.student import find_student, require_configured_student
-from dskd.training.collator import Collator
-from dskd.training.distribution_candidates import CandidateRows
-from dskd.training.positions import SensePositions, TargetPositions
+from dskd.training.data.collator import Collator
+from dskd.training.data.distribution_candidates import CandidateRows
+from dskd.training.data.positions import SensePositions, TargetPositions
+from dskd.training.data.sense_bank import bank_is_on_device, load_bank
+from dskd.training.models.teacher_source import TeacherSource, require_fitting_states, require_states, source_of_fit
+from dskd.training.models.width_map import width_of_map
 from dskd.training.schedule import Schedule
-from dskd.training.sense_bank import bank_is_on_device, load_bank
-from dskd.training.teacher_source import TeacherSource, require_fitting_states, require_states, source_of_fit
-from dskd.training.width_map import width_of_map
 
 # Settings of `train` that change how a run executes but, except for rounding, not its result.
 _NOT_IN_RECIPE = {
@@ -101,14 +101,14 @@ def build_collator(
         config: the experiment.
         inputs: the run's inputs.
         schedule: its batches.
-        source: where the models read the teacher (:attr:`dskd.training.pair.ModelPair.source`), if it is not
+        source: where the models read the teacher (:attr:`dskd.training.models.pair.ModelPair.source`), if it is not
             `inputs.source`.
     """
     loss, source = config.loss, source or inputs.source
     positions = candidates = targets = None
-    if loss.sense_weight:
+    if loss.reads("sense_rows"):
         positions = SensePositions.of(loss, derived_seed(config.seed, "train", "positions"))
-    if loss.compares_sense_distributions:
+    if loss.reads("candidate_rows"):
         candidates = CandidateRows.of(loss, derived_seed(config.seed, "train", "candidates"), inputs.num_senses)
     if loss.position_share < 1:
         targets = TargetPositions(derived_seed(config.seed, "train", "targets"), loss.position_share)
@@ -118,7 +118,7 @@ def build_collator(
         micro_batch_size=schedule.micro_batch_size,
         candidates=candidates,
         targets=targets,
-        lexical=loss.lexical_weight != 1,
+        lexical=loss.reads("lexical_marks"),
         teacher_cache=source.kind == "top_n",
         states=source.columns,
     )

@@ -8,8 +8,8 @@ from dskd.artifacts.manifest import Recipe
 from dskd.config import Config
 from dskd.distributed.world import World
 from dskd.tracking import Tracker
-from dskd.training.packed_step import StepBatches
-from dskd.training.pair import ModelPair
+from dskd.training.data.packed_step import StepBatches
+from dskd.training.models.pair import ModelPair
 from dskd.training.schedule import Schedule
 from dskd.training.step import Step
 

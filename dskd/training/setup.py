@@ -17,7 +17,10 @@ from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.losses.terms import curve_titles
 from dskd.tracking import Start, Tracker, start_tracking
-from dskd.training import checkpoint, checkpoint_writing
+from dskd.training.checkpoints import checkpoint
+from dskd.training.checkpoints.loading import load_checkpoint, needs_universal
+from dskd.training.checkpoints.writing import remove_leftovers, require_space
+from dskd.training.data.loader import load_steps
 from dskd.training.exporting.rehearsal import rehearse_export
 from dskd.training.inputs import (
     TrainingInputs,
@@ -28,8 +31,7 @@ from dskd.training.inputs import (
     recipe,
     verify_inputs,
 )
-from dskd.training.loader import load_steps
-from dskd.training.pair import ModelPair, load_pair
+from dskd.training.models.pair import ModelPair, load_pair
 from dskd.training.records import datasets_of, describe_run, report_teacher, tags_of
 from dskd.training.run import Run
 from dskd.training.schedule import Schedule, plan_schedule
@@ -87,7 +89,7 @@ def _claim(config: Config, run_recipe: Recipe, *, resume: bool, overwrite: bool)
     # An export or evaluation also holds this lock while it sends the run's results to MLflow.
     purpose = f"trains run {config.run!r}, or sends its results to MLflow"
     hold_lock(kinds.run_lock_path(config, config.run), purpose, wait_s=wait_s)
-    checkpoint_writing.remove_leftovers(kinds.checkpoint_folder(config))
+    remove_leftovers(kinds.checkpoint_folder(config))
     if overwrite:
         return None  # the old checkpoints stay until the first new one is complete
     newest = checkpoint.latest(config, verify=True)
@@ -114,14 +116,14 @@ def _load_models(
         margin=margin_of(config, inputs.shards),
         accumulation_steps=schedule.accumulation_steps,
         source=inputs.source,
-        load_universal=checkpoint_writing.needs_universal(start, world),
+        load_universal=needs_universal(start, world),
     )
     report_teacher(config, pair)
     # Check disk space and rehearse the export before a checkpoint changes the student's weights.
-    checkpoint_writing.require_space(pair.engine, config)
+    require_space(pair.engine, config)
     rehearse_export(pair, inputs.student, config, world)
     if start is not None:
-        checkpoint_writing.load(pair, start, world)
+        load_checkpoint(pair, start, world)
     return pair
 
 

@@ -6,7 +6,7 @@ Without a checkpoint this imports neither torch nor transformers: scripts ask fo
 from dskd.artifacts import kinds
 from dskd.config import Config
 from dskd.errors import listed
-from dskd.training import checkpoint
+from dskd.training.checkpoints import checkpoint
 
 
 def report_status(config: Config) -> bool:

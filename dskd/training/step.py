@@ -16,9 +16,9 @@ from dskd.distributed.collectives import gather_json, sum_over_ranks
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
-from dskd.losses.terms import SUMS, TERMS
-from dskd.training.packed_step import Counts, StepBatches, loss_positions
-from dskd.training.pair import ModelPair
+from dskd.losses.terms import SUMS, TERMS, minimised_terms
+from dskd.training.data.packed_step import Counts, StepBatches, loss_positions
+from dskd.training.models.pair import ModelPair
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _require_finite(
 ) -> None:
     if all(math.isfinite(value) for value in sums.values()):
         return
-    terms = {term.name for term in TERMS if term.kind == "term"}
+    terms = {term.name for term in minimised_terms()}
     own_culprits = [
         (name, batch["sample_ids"].tolist())
         for values, batch in zip(sums_of_micro_batches, micro_batches, strict=True)

@@ -22,7 +22,7 @@ from dskd.corpus.packing import pack
 from dskd.corpus.sequences import Sequences, TokenBatch, open_sequences
 from dskd.distributed.world import uses_gpu
 from dskd.errors import UserError
-from dskd.models.precision import compute_dtype, resolve_precision
+from dskd.models.running.precision import compute_dtype, resolve_precision
 from dskd.random_numbers import derived_seed
 from dskd.students.new import intermediate_size
 from dskd.training.muon import Float32Muon

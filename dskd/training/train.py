@@ -14,9 +14,9 @@ from dskd.distributed import stopping
 from dskd.distributed.collectives import any_rank
 from dskd.distributed.world import World
 from dskd.senses.dictionary import dictionary_folder
-from dskd.training import checkpoint_writing
+from dskd.training.checkpoints.writing import save_checkpoint
+from dskd.training.data.loader import shorter_shards_named
 from dskd.training.freed_memory import keep_freed_memory
-from dskd.training.loader import shorter_shards_named
 from dskd.training.records import TrainingProgress, ended_in_mlflow
 from dskd.training.run import Run
 from dskd.training.setup import set_up
@@ -72,7 +72,7 @@ def _train(run: Run) -> None:
             stops = result.stop_requested or (step.needs_checkpoint and any_rank(stop_request.is_pending, run.world))
             if stops or step.needs_checkpoint:
                 run.tracker.save_unsent()
-                checkpoint_writing.save(run.pair, run.config, run.recipe, progress.checkpoint_facts(step), run.world)
+                save_checkpoint(run.pair, run.config, run.recipe, progress.checkpoint_facts(step), run.world)
             if stops and not step.is_last:
                 raise stopping.Stopped(
                     f"stopped at step {step.number} of {run.schedule.total_steps} on request; continue with --resume"

@@ -15,13 +15,13 @@ from dskd.config import Config
 from dskd.console import progress_bar, say, warn
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.models.frozen import load_frozen
-from dskd.training.collator import Collator
+from dskd.models.running.frozen import load_frozen
+from dskd.training.data.collator import Collator
+from dskd.training.data.loader import load_steps
 from dskd.training.inputs import TrainingInputs
-from dskd.training.loader import load_steps
-from dskd.training.pair import ModelPair
+from dskd.training.models.pair import ModelPair
+from dskd.training.models.width_map import StateSums
 from dskd.training.schedule import Schedule
-from dskd.training.width_map import StateSums
 
 SEQUENCES = 256  # that the fit reads, rounded up to whole steps, or those of one epoch if there are fewer
 # AdamW's first steps change every weight by the learning rate, whatever its gradient. In a student with random weights,

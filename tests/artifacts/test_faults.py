@@ -25,7 +25,7 @@ from dskd.artifacts.manifest import Recipe
 from dskd.cli.program import run
 from dskd.config.reading import load_config
 from dskd.distributed import shared_memory
-from dskd.training import checkpoint
+from dskd.training.checkpoints import checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -18,8 +18,8 @@ from benchmarks.parts import marked_modules, part_of, shares_of
 from benchmarks.profiling import Profile
 from benchmarks.teacher_pass import Variant, draw_positions, measure
 from dskd.config import Config
-from dskd.models.folder import find_teacher
-from dskd.models.frozen import load_frozen
+from dskd.models.files.folder import find_teacher
+from dskd.models.running.frozen import load_frozen
 
 _MEASURES = """
 import json, pathlib, sys

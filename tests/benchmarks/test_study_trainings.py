@@ -29,7 +29,7 @@ from dskd.senses.dictionary import load_dictionary, map_vectors
 from dskd.shards.annotate import annotate
 from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS
 from dskd.students.student import build_student
-from dskd.training.positions import SensePositions
+from dskd.training.data.positions import SensePositions
 
 
 @pytest.fixture(scope="module")

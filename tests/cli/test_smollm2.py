@@ -17,7 +17,7 @@ from repository import REPOSITORY
 from dskd.__main__ import main
 from dskd.config.reading import load_config
 from dskd.errors import UserError
-from dskd.models import smollm2
+from dskd.models.files import smollm2
 
 CONTENT = b"GGUF" + bytes(range(256)) + bytes(2**20)  # its package is small
 

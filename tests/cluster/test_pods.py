@@ -16,7 +16,7 @@ from repository import REPOSITORY
 
 from dskd.config.reading import load_config
 from dskd.tracking import read_history, read_runs
-from dskd.training import checkpoint
+from dskd.training.checkpoints import checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

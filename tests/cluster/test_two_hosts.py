@@ -17,7 +17,7 @@ from tiny_work import BEFORE_TRAINING, TINY, copy_work
 from tracked_results import losses_of
 
 from dskd.config.reading import load_config
-from dskd.training import checkpoint
+from dskd.training.checkpoints import checkpoint
 
 pytestmark = pytest.mark.cluster
 

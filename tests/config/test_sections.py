@@ -6,7 +6,7 @@ from config_files import MINIMAL, write_config
 from dskd.config import Config
 from dskd.config.reading import load_config
 from dskd.errors import UserError
-from dskd.training.teacher_source import TeacherSource
+from dskd.training.models.teacher_source import TeacherSource
 
 NEW = {"layers": 2, "hidden_size": 32, "heads": 4}
 TRAINED_PARTS = ("train_embeddings", "train_final_norm", "train_lm_head")
@@ -129,7 +129,7 @@ def test_all_conflicts_between_sections_are_reported(tmp_path):
     assert TeacherSource.planned(config).kind == "states"
     for part in (
         "teacher.mode: cached needs annotation.store: [teacher_states], or annotation.teacher_top_n",
-        "loss.hidden_weight needs the teacher's states",
+        "loss.hidden_weight 1 needs the teacher's states",
         "loss.sense_form: distribution needs the teacher's states, which teacher.mode: cached reads from",
         "student.shared_trunk: on needs a teacher in training",
     ):
@@ -182,13 +182,13 @@ def test_a_required_trunk_needs_its_states_if_training_reads_the_teachers(tmp_pa
         ),
         (
             {"lexical_weight": 1.2, "ce_weight": 0.0, "kd_weight": 0.0},
-            ["loss.lexical_weight applies to CE and KL, whose weights are 0"],
+            ["loss.lexical_weight 1.2 applies to the terms with the weights loss.ce_weight, loss.kd_weight, which"],
         ),
         ({"sense_candidates": []}, ["loss.sense_candidates"]),
         ({"lexical_weight": 0.0}, ["loss.lexical_weight"]),
         (
             {"position_share": 0.5, "ce_weight": 0.0, "kd_weight": 0.0},
-            ["loss.position_share applies to CE, KL and the hidden-state distance"],
+            ["loss.position_share 0.5 applies", "loss.ce_weight, loss.kd_weight, loss.hidden_weight, which are all 0"],
         ),
         ({"position_share": 0.0}, ["loss.position_share"]),
         ({"position_share": 1.1}, ["loss.position_share"]),

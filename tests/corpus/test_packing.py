@@ -96,7 +96,7 @@ def _oracle(documents, sequence_length, mode):
 @pytest.mark.parametrize("seed", range(4))
 def test_random_documents_agree_with_a_loop_over_tokens(tmp_path, monkeypatch, mode, seed):
     """Several batches of the tokenizer, and copies in pieces that end anywhere."""
-    monkeypatch.setattr(packing, "BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(packing, "_BATCH_DOCUMENTS", 7)
     monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 150)
     monkeypatch.setattr(packing, "_COPIED_TOKENS", 11)
     draw = random.Random(seed)

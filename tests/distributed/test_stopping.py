@@ -17,7 +17,7 @@ from dskd.config.reading import load_config
 from dskd.distributed import stopping
 from dskd.errors import UserError
 from dskd.tracking import read_runs
-from dskd.training import checkpoint
+from dskd.training.checkpoints import checkpoint
 
 
 @pytest.fixture

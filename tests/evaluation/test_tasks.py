@@ -26,7 +26,7 @@ from dskd.errors import OutageError, UserError
 from dskd.evaluation.models import Candidate
 from dskd.evaluation.task_questions import load_task
 from dskd.evaluation.tasks import check_prompts, run_tasks
-from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.files.folder import ModelFolder, find_teacher
 from dskd.students.student import build_student
 from dskd.tracking import Start, read_artifact, read_history, read_run, start_tracking
 

@@ -7,7 +7,7 @@ from dskd.config.reading import load_config
 from dskd.evaluation import held_out_text, suite
 from dskd.evaluation.held_out_text import evaluate
 from dskd.tracking import read_history
-from dskd.training import checkpoint
+from dskd.training.checkpoints import checkpoint
 from dskd.training.exporting import export
 from dskd.training.train import train
 

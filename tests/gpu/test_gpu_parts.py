@@ -18,14 +18,14 @@ from dskd.corpus.packing import pack
 from dskd.corpus.sequences import open_sequences, position_ids_of
 from dskd.errors import UserError
 from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
-from dskd.models.folder import find_teacher
-from dskd.models.frozen import Decoder
-from dskd.models.sampling import Sampling, load_sampler
-from dskd.models.stored_names import base_model
+from dskd.models.files.folder import find_teacher
+from dskd.models.files.stored_names import base_model
+from dskd.models.running.frozen import Decoder
+from dskd.models.running.sampling import Sampling, load_sampler
 from dskd.students.measuring import measure_importance
-from dskd.training.sense_bank import free_bytes, load_bank, require_room
+from dskd.training.data.sense_bank import free_bytes, load_bank, require_room
+from dskd.training.models.width_map import StateSums
 from dskd.training.teacher_from_scratch import build_llama, train_model
-from dskd.training.width_map import StateSums
 
 pytestmark = pytest.mark.slow
 
@@ -145,7 +145,7 @@ def test_layers_are_measured_on_a_gpu_and_differ_as_on_the_cpu(copy_of_tiny, mon
 @needs_gpu
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.6)])
 def test_rows_get_the_tokens_on_a_gpu_that_they_get_on_the_cpu(tmp_path, temperature, top_p):
-    """On the CPU: models/test_sampling.py."""
+    """On the CPU: models/running/test_sampling.py."""
     save_model(tmp_path / "teacher")
     config = Config(
         workdir=str(tmp_path / "work"),
@@ -212,10 +212,10 @@ def test_the_width_map_is_fitted_as_on_the_cpu():
 
 @needs_gpu
 def test_auto_means_what_the_gpu_computes_and_asking_takes_no_memory_of_it():
-    """On the CPU: models/test_precision.py."""
+    """On the CPU: models/running/test_precision.py."""
     answer = run_on_gpu(
         "-c",
-        "import torch; from dskd.models.precision import resolve_precision\n"
+        "import torch; from dskd.models.running.precision import resolve_precision\n"
         "print(resolve_precision('auto'), torch.cuda.is_initialized())",
     )
     expected = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"

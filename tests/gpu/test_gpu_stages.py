@@ -60,7 +60,7 @@ def test_states_that_a_gpu_stores_give_the_losses_of_a_teacher_on_the_cpu(tiny, 
 
 
 def test_a_run_that_two_ranks_began_on_the_cpu_continues_on_a_gpu(tiny, copy_of_tiny):
-    """On the CPU: training/test_checkpoint.py::test_a_run_resumes_on_any_number_of_ranks."""
+    """On the CPU: training/checkpoints/test_checkpoint.py::test_a_run_resumes_on_any_number_of_ranks."""
     config = copy_of_tiny(*BEFORE_TRAINING, "checkpoints")
     shutil.rmtree(kinds.checkpoint_folder(load_config(config)) / "step-00000006")
     printed = launch("train.py", config, "--resume")
@@ -132,7 +132,7 @@ def test_planned_memory_is_within_a_tenth_of_what_training_allocates(tmp_path):
     "DSKD_TEST_NVME" not in os.environ, reason="DeepSpeed's async_io compiles for minutes: DSKD_TEST_NVME=1"
 )
 def test_a_teacher_on_a_local_disk_gives_the_losses_of_the_cpu(tiny, copy_of_tiny, tmp_path):
-    """On the CPU: models/test_nvme.py."""
+    """On the CPU: models/running/test_nvme.py."""
     (tmp_path / "disk").mkdir()
     config = copy_of_tiny(*BEFORE_TRAINING)
     launch("train.py", config, "teacher.mode=zero3", "teacher.offload=nvme", f"teacher.nvme_path={tmp_path / 'disk'}")

@@ -14,7 +14,7 @@ from dskd.config.reading import load_config
 from dskd.inspection.lexicon import inspect_lexicon
 from dskd.inspection.word import inspect_word
 from dskd.lexicon.relations import load_lexicon
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 from dskd.senses.dictionary import load_dictionary
 from dskd.senses.entries import build_entries, tokenize_words
 

@@ -9,7 +9,7 @@ from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
 
 from dskd.losses.logits import divergence, hidden_distance, logit_losses
-from dskd.models.readouts import TopTokens
+from dskd.models.running.readouts import TopTokens
 
 KINDS = ["forward_kl", "reverse_kl", "jensen_shannon"]
 ZERO, ONE = torch.zeros(1, 1), torch.ones(1, 1)

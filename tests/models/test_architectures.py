@@ -14,14 +14,14 @@ from rank_processes import ONE_RANK
 from dskd.artifacts.manifest import write_json
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.models.architecture import check_architecture
-from dskd.models.causal_lm import empty_model
-from dskd.models.cut_config import cut_config
-from dskd.models.folder import ModelFolder
-from dskd.models.frozen import Decoder
-from dskd.models.layers import check_kinds
-from dskd.models.probes import check_documents
-from dskd.models.stored_names import base_model
+from dskd.models.checks.architecture import check_architecture
+from dskd.models.checks.probes import check_documents
+from dskd.models.files.folder import ModelFolder
+from dskd.models.files.stored_names import base_model
+from dskd.models.running.frozen import Decoder
+from dskd.models.structure.causal_lm import empty_model
+from dskd.models.structure.cut_config import cut_config
+from dskd.models.structure.layers import check_kinds
 
 pytestmark = pytest.mark.slow
 

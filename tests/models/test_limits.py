@@ -17,7 +17,7 @@ from transformers import (
 
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 from dskd.models.limits import check_limits, check_new_tokens, check_text, position_limit, vocabulary_size
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

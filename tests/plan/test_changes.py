@@ -135,6 +135,16 @@ def test_storing_the_teachers_states_is_proposed_with_its_bytes(tmp_path):
     )  # 2**20 sequences · 16 tokens · 2 columns · 32 · 2 bytes
 
 
+@pytest.mark.parametrize(
+    ("override", "is_proposed"),
+    [("loss.hidden_weight=0", True), ("loss.hidden_weight=1", False), ("loss.sense_form=distribution", False)],
+)
+def test_the_most_probable_tokens_are_proposed_only_if_no_term_reads_states(tmp_path, override, is_proposed):
+    config = config_of(tmp_path, override, mode="resident")
+    plan = make_plan(config, cluster_of(1, "cuda", 80), Architecture(json.dumps(LLAMA), "llama"))
+    assert any("teacher.mode=cached" in change.overrides for change in candidates(plan)) == is_proposed
+
+
 def test_a_host_that_is_too_small_is_not_a_reason_to_offload(tmp_path, dskd):
     config_of(tmp_path)
     options = ["--config", tmp_path / "config.yaml", "--teacher-config", shapes_file(tmp_path), *MACHINES]

@@ -137,6 +137,26 @@ def test_a_step_is_as_fast_as_the_disk_delivers_its_stored_states(tmp_path):
     assert slow.comparison.storing_s >= flops / 4 / 1e14
 
 
+@pytest.mark.parametrize("rate", ["0", "-1", "abc", "5GB", "5MB", "nan", "inf", "1e300", "1e-300", ""])
+def test_a_rate_without_meaning_is_refused(tmp_path, dskd, rate):
+    config_of(tmp_path)
+    for option in ("--disk-bandwidth", "--host-memory"):
+        code, _, error = dskd("plan", "--config", tmp_path / "config.yaml", *MACHINES, f"{option}={rate}")
+        assert code == 2
+        assert f"{option}: expected a number above 0 (1e-12 to 1e12) without a unit, found {rate!r}" in error
+
+
+@pytest.mark.parametrize("rate", ["1e-12", "1e12"])
+def test_the_slowest_and_the_fastest_disk_are_planned(tmp_path, dskd, rate):
+    config_of(tmp_path)
+    shapes = ["--teacher-config", shapes_file(tmp_path)]
+    code, printed, _ = dskd(
+        "plan", "--config", tmp_path / "config.yaml", *MACHINES, *shapes, *SMALL, f"--disk-bandwidth={rate}"
+    )
+    assert code == 0
+    assert f"at --disk-bandwidth {float(rate):g}" in printed
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
@@ -264,6 +284,7 @@ def test_shards_with_states_of_another_depth_or_type_have_to_be_annotated_again(
     ):
         _, printed, _ = _planned_states(tmp_path, dskd, *STORED, *changes)
         assert ("They are done: the shards exist" in printed) == is_done, changes
+        assert ("The shards in the work directory hold other data of the teacher" in printed) != is_done, changes
 
 
 def test_a_plan_says_which_stored_states_are_not_read(tmp_path, dskd):

@@ -10,7 +10,7 @@ from small_teachers import NUM_SENSES, write_job
 from dskd.artifacts.building import build_artifact
 from dskd.config.reading import load_config
 from dskd.corpus.written.write import recipe
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 from dskd.plan import GB
 from dskd.plan.architecture import Architecture
 from dskd.plan.shapes import teacher_shapes

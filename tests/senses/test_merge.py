@@ -13,7 +13,7 @@ from dskd.config.reading import load_config
 from dskd.errors import UserError
 from dskd.lexicon.build import build_lexicon
 from dskd.lexicon.relations import load_lexicon
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 from dskd.senses.dictionary import FILE, load_dictionary
 from dskd.senses.entries import build_entries
 from dskd.senses.merge import merge_dictionaries

@@ -11,9 +11,9 @@ from tiny_models import ARCHITECTURES, save_model
 
 from dskd.config import Config
 from dskd.corpus.sequences import open_sequences
-from dskd.models.folder import find_teacher
-from dskd.models.frozen import load_frozen
-from dskd.models.generation import GENERATION_CONFIG, ends_of_answers_only
+from dskd.models.files.folder import find_teacher
+from dskd.models.running.frozen import load_frozen
+from dskd.models.running.generation import GENERATION_CONFIG, ends_of_answers_only
 from dskd.shards.continuations import Continuer
 from dskd.shards.text_reader import TextReader
 

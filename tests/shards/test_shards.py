@@ -110,7 +110,7 @@ def test_shards_that_are_not_compressed_have_the_bytes_that_the_library_writes(t
 
 @pytest.mark.parametrize(("nodes", "ranks", "workers"), [(1, 1, 0), (1, 2, 2), (1, 4, 1), (2, 2, 1), (2, 4, 2)])
 def test_any_number_of_ranks_sees_the_same_global_batches(nodes, ranks, workers):
-    """The layout `dskd.training.loader` relies on: one canonical node, and batches of a rank's samples of a step."""
+    """The layout `dskd.training.data.loader` relies on: one canonical node, and batches of a rank's samples."""
     samples, global_batch = 96, 16
 
     def batches(nodes, ranks, workers, start=0):

@@ -11,7 +11,7 @@ from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Recipe, read_manifest
 from dskd.config import Config
 from dskd.config.reading import load_config
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 from dskd.students.copies import changed_copies, source_of, warn_of_old_copies
 from dskd.students.student import build_student
 

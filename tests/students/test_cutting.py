@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from dskd.config import Config, StudentConfig
 from dskd.errors import UserError
-from dskd.models.folder import find_teacher
-from dskd.models.frozen import load_frozen
-from dskd.models.weights import TensorReader, write_weights
+from dskd.models.files.folder import find_teacher
+from dskd.models.files.weights import TensorReader, write_weights
+from dskd.models.running.frozen import load_frozen
 from dskd.students.cutting import cut
 from dskd.students.spacing import choose_layers
 from dskd.students.student import build_student, find_student
@@ -86,7 +86,7 @@ def test_layers_that_do_not_exist_are_refused(layers):
 
 
 def test_weights_in_several_files_have_an_index(tmp_path, monkeypatch):
-    from dskd.models import weights
+    from dskd.models.files import weights
 
     save_model(tmp_path / "teacher")
     monkeypatch.setattr(weights, "_FILE_BYTES", 20_000)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 from dskd.students import pruned_teacher
 from dskd.students.cutting import check_student
 from dskd.students.student import build_student, find_student

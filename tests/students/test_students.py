@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from dskd.artifacts.manifest import is_current, read_manifest
 from dskd.config import Config, NewStudentConfig
 from dskd.errors import UserError
-from dskd.models.folder import _local_or_hub, find_teacher
+from dskd.models.files.folder import _local_or_hub, find_teacher
 from dskd.pipeline import run_pipeline
 from dskd.students.new import config_values, num_parameters
 from dskd.students.student import build_student, find_student, recipe, require_configured_student

@@ -30,17 +30,17 @@ from dskd.distributed.rendezvous import initialize
 from dskd.distributed.world import World
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
-from dskd.models.architecture import check_architecture
-from dskd.models.final_norm import final_norm_names
-from dskd.models.folder import ModelFolder, find_teacher
-from dskd.models.frozen import load_frozen
-from dskd.models.layers import layers_of
-from dskd.models.probes import check_documents
-from dskd.models.stored_names import base_model
+from dskd.models.checks.architecture import check_architecture
+from dskd.models.checks.probes import check_documents
+from dskd.models.files.folder import ModelFolder, find_teacher
+from dskd.models.files.stored_names import base_model
+from dskd.models.running.frozen import load_frozen
+from dskd.models.structure.final_norm import final_norm_names
+from dskd.models.structure.layers import layers_of
 from dskd.students.student import build_student, find_student
 from dskd.training.exporting.rehearsal import rehearse_export
-from dskd.training.pair import load_pair
-from dskd.training.teacher_source import TeacherSource
+from dskd.training.models.pair import load_pair
+from dskd.training.models.teacher_source import TeacherSource
 
 LENGTH = 80  # longer than windows and chunks, and than the positions for which rotary factors change
 DOCUMENTS = 16  # short enough that packed documents reach neither chunks nor positions with other rotary factors

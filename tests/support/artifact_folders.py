@@ -9,7 +9,7 @@ from rank_processes import ONE_RANK
 
 from dskd.artifacts.hashing import hash_files
 from dskd.distributed.node_cache import streaming_names
-from dskd.models.frozen import load_frozen
+from dskd.models.running.frozen import load_frozen
 
 
 def open_dataset(folder: Path, cache: Path) -> Any:

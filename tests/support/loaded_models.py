@@ -18,8 +18,8 @@ from transformers import (
 
 from dskd.config import Config
 from dskd.distributed.world import World
-from dskd.models.folder import find_teacher
-from dskd.models.frozen import FrozenModel, load_frozen
+from dskd.models.files.folder import find_teacher
+from dskd.models.running.frozen import FrozenModel, load_frozen
 
 MHA = {**SHAPE, "num_key_value_heads": 4, "pad_token_id": 0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

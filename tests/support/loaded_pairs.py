@@ -2,10 +2,10 @@
 
 from dskd.config import Config
 from dskd.distributed.world import World
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 from dskd.students.student import find_student
-from dskd.training.pair import ModelPair, load_pair
-from dskd.training.teacher_source import TeacherSource
+from dskd.training.models.pair import ModelPair, load_pair
+from dskd.training.models.teacher_source import TeacherSource
 
 
 def load_models(config: Config, world: World) -> ModelPair:

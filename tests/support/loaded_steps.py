@@ -15,9 +15,9 @@ from dskd.config import Config
 from dskd.distributed.world import World
 from dskd.shards import COLUMNS, join_blocks
 from dskd.shards.writing import write_block
-from dskd.training.collator import Collator
-from dskd.training.loader import Collate, load_steps
-from dskd.training.packed_step import StepBatches
+from dskd.training.data.collator import Collator
+from dskd.training.data.loader import Collate, load_steps
+from dskd.training.data.packed_step import StepBatches
 from dskd.training.schedule import Schedule
 
 T, K, SAMPLES, ROWS = 24, 2, 43, 30

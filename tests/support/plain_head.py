@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from dskd.config import LossConfig
 from dskd.losses.head import Normalizers
 from dskd.losses.terms import SUMS
-from dskd.models.output_head import LogitTransform
+from dskd.models.structure.output_head import LogitTransform
 
 B, T, D, V, R, K = 2, 6, 5, 11, 4, 2
 D_NARROW = 3  # of a student whose states are mapped to D

@@ -10,9 +10,9 @@ from rank_processes import ONE_RANK
 
 from dskd import shards
 from dskd.config import Config
-from dskd.training.collator import Collator
-from dskd.training.loader import load_steps
-from dskd.training.packed_step import StepBatches
+from dskd.training.data.collator import Collator
+from dskd.training.data.loader import load_steps
+from dskd.training.data.packed_step import StepBatches
 from dskd.training.schedule import Schedule, plan_schedule
 
 

@@ -31,19 +31,19 @@ from dskd.corpus.sequences import open_sequences
 from dskd.distributed.collectives import barrier, gather_json
 from dskd.distributed.rendezvous import initialize
 from dskd.distributed.world import LAUNCHER_VARIABLES, World
-from dskd.models.folder import ModelFolder, find_teacher
-from dskd.models.frozen import load_frozen
+from dskd.models.files.folder import ModelFolder, find_teacher
+from dskd.models.running.frozen import load_frozen
 from dskd.shards.continuations import Continuer
 from dskd.shards.text_reader import TextReader
 from dskd.tracking import start_tracking
 from dskd.tracking.client import load_mlflow
-from dskd.training.packed_step import StepBatches, count_positions
-from dskd.training.pair import ModelPair
+from dskd.training.data.packed_step import StepBatches, count_positions
+from dskd.training.models.pair import ModelPair
+from dskd.training.models.student import load_student
+from dskd.training.models.teacher_source import TeacherSource
+from dskd.training.models.width_map import width_of_map
 from dskd.training.step import train_step
-from dskd.training.student import load_student
-from dskd.training.teacher_source import TeacherSource
 from dskd.training.width_fit import set_width_map
-from dskd.training.width_map import width_of_map
 
 
 def _die_in_hashing(folder: Path, only: object = None, **options: object) -> dict:
@@ -299,14 +299,14 @@ def _examine_experts(folder: Path, lengths: Sequence[int], world: World) -> None
 
     Each rank has other tokens: `lengths[N]` of them in run N. Rank r writes its states to `states-N-r.safetensors`.
     Rank 0 writes the gradients of the mean of all ranks' squared states to `gradients-N.safetensors`;
-    :func:`dskd.models.causal_lm.build_sharded` builds the trained model.
+    :func:`dskd.models.structure.causal_lm.build_sharded` builds the trained model.
     """
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
-    from dskd.models.causal_lm import build_sharded, engine_settings
-    from dskd.models.frozen import Decoder
-    from dskd.models.stored_names import base_model
+    from dskd.models.files.stored_names import base_model
+    from dskd.models.running.frozen import Decoder
+    from dskd.models.structure.causal_lm import build_sharded, engine_settings
 
     config = Config(
         workdir=str(folder),

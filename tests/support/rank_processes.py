@@ -86,7 +86,7 @@ def start_ranks(name: str, config: Path, *arguments: str, ranks: int = 1, absent
 
 def wait_for_checkpoint(config: Config, timeout_s: float = 120) -> None:
     """Waits until the config's run has a checkpoint, or the time is over."""
-    from dskd.training import checkpoint
+    from dskd.training.checkpoints import checkpoint
 
     deadline = time.monotonic() + timeout_s
     while checkpoint.latest(config) is None and time.monotonic() < deadline:

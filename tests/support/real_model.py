@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from repository import REPOSITORY
 
-from dskd.models.smollm2 import NAME, PLACE
+from dskd.models.files.smollm2 import NAME, PLACE
 
 
 def find_real_model() -> Path | None:

@@ -5,7 +5,7 @@ from dskd.corpus.build import build_corpus
 from dskd.corpus.sequences import build_sequences
 from dskd.distributed.world import World
 from dskd.lexicon.build import build_lexicon
-from dskd.models.folder import ModelFolder, find_teacher
+from dskd.models.files.folder import ModelFolder, find_teacher
 from dskd.senses.build import build_senses
 from dskd.shards.annotate import annotate
 from dskd.students.student import build_student

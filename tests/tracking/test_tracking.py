@@ -39,7 +39,7 @@ from dskd.tracking import (
 )
 from dskd.tracking.context import flatten
 from dskd.tracking.system_metrics import name_nodes
-from dskd.training import checkpoint
+from dskd.training.checkpoints import checkpoint
 
 
 @pytest.mark.slow

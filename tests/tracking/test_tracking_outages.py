@@ -13,7 +13,7 @@ from tiny_work import BEFORE_TRAINING, TINY
 from dskd.artifacts import kinds
 from dskd.config.reading import load_config
 from dskd.tracking import Start, log_export, read_history, read_runs, start_tracking
-from dskd.training import checkpoint
+from dskd.training.checkpoints import checkpoint
 
 
 def _wait_for_line(text, capsys):

@@ -14,7 +14,7 @@ from tracked_results import losses_of
 from transformers import AutoModelForCausalLM
 
 from dskd.config.reading import load_config
-from dskd.training import checkpoint
+from dskd.training.checkpoints import checkpoint
 from dskd.training.exporting.export import build_export
 from dskd.training.train import train
 

@@ -17,7 +17,7 @@ from dskd.evaluation.held_out_text import evaluate
 from dskd.evaluation.scores_by_example import read_examples
 from dskd.shards.annotate import annotate
 from dskd.students.student import build_student
-from dskd.training import checkpoint
+from dskd.training.checkpoints import checkpoint
 from dskd.training.exporting.export import build_export
 from dskd.training.status import report_status
 from dskd.training.train import train

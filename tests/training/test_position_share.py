@@ -19,7 +19,7 @@ from dskd.errors import UserError
 from dskd.losses.head import DistillationHead
 from dskd.shards.annotate import annotate
 from dskd.tracking import read_runs
-from dskd.training import checkpoint
+from dskd.training.checkpoints import checkpoint
 from dskd.training.inputs import recipe
 from dskd.training.train import train
 

@@ -26,11 +26,12 @@ from dskd.errors import UserError
 from dskd.shards.annotate import annotate
 from dskd.students.student import build_student
 from dskd.tracking import read_history, read_runs
-from dskd.training import checkpoint, inputs
+from dskd.training import inputs
+from dskd.training.checkpoints import checkpoint
+from dskd.training.data.loader import shorter_shards_named
 from dskd.training.exporting.export import build_export
-from dskd.training.loader import shorter_shards_named
+from dskd.training.models.teacher_source import TeacherSource, as_annotated
 from dskd.training.status import report_status
-from dskd.training.teacher_source import TeacherSource, as_annotated
 from dskd.training.train import train
 
 pytestmark = pytest.mark.slow
@@ -294,7 +295,7 @@ def test_states_that_do_not_fit_the_run_are_refused(copy_of_stored, world, monke
     again = r"make the shards again with `deepspeed launcher/annotate\.py --config FILE`"
     with pytest.raises(UserError, match=rf"{folder}: .* in fp32, but precision is bf16.* to fp32, {again}"):
         train(load_config(path, ["precision=bf16"]), world)
-    monkeypatch.setattr("dskd.models.precision.supports_bf16", lambda _: True)
+    monkeypatch.setattr("dskd.models.running.precision.supports_bf16", lambda _: True)
     with pytest.raises(UserError, match=rf"in fp32, but precision: auto is bf16 on this machine.* to fp32, {again}"):
         train(load_config(path, ["precision=auto"]), world)
     inputs.load_inputs(load_config(path, ["precision=bf16"]))  # `dskd status` needs no states
@@ -310,7 +311,10 @@ def test_states_that_do_not_fit_the_run_are_refused(copy_of_stored, world, monke
     cached = ["teacher.mode=cached", "loss.hidden_weight=2"]
     with pytest.raises(UserError, match=r"annotation\.store names teacher_states, but these .* make them again with"):
         train(load_config(path, cached), world)
-    with pytest.raises(UserError, match=r"no teacher_states, which loss.hidden_weight 2 reads .*make the shards again"):
+    with pytest.raises(
+        UserError,
+        match=r"no teacher_states, which teacher.mode: cached reads for loss.hidden_weight 2; make the shards again",
+    ):
         train(load_config(path, [*cached, "annotation.teacher_top_n=4"]), world)
 
 
@@ -357,7 +361,7 @@ def test_cached_reads_whatever_the_shards_have(stored, world):
     with pytest.raises(UserError, match=r"teacher_top_n: 4, but .* holds teacher_states, .*; set it to 0"):
         inputs.load_inputs(load_config(stored, ["teacher.mode=cached", WITHOUT_STATES, "annotation.teacher_top_n=4"]))
     # Annotation would make them again, without states.
-    with pytest.raises(UserError, match="hidden_weight needs the teacher's states, which"):
+    with pytest.raises(UserError, match="hidden_weight 2 needs the teacher's states, which"):
         annotate(config, world)
 
 

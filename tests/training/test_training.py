@@ -27,11 +27,11 @@ from dskd.errors import UserError
 from dskd.random_numbers import derived_seed
 from dskd.shards.annotate import annotate
 from dskd.tracking import read_runs
-from dskd.training import checkpoint
-from dskd.training.distribution_candidates import CandidateRows
+from dskd.training.checkpoints import checkpoint
+from dskd.training.data.distribution_candidates import CandidateRows
+from dskd.training.data.positions import SensePositions, TargetPositions
 from dskd.training.exporting.export import build_export
 from dskd.training.inputs import load_inputs
-from dskd.training.positions import SensePositions, TargetPositions
 from dskd.training.status import report_status
 from dskd.training.train import train
 

@@ -23,11 +23,11 @@ from dskd.config.reading import load_config
 from dskd.errors import UserError
 from dskd.shards.annotate import annotate
 from dskd.students.student import build_student
-from dskd.training import checkpoint
+from dskd.training.checkpoints import checkpoint
 from dskd.training.exporting.export import build_export
 from dskd.training.inputs import load_inputs
+from dskd.training.models.width_map import StateSums
 from dskd.training.train import train
-from dskd.training.width_map import StateSums
 
 WIDTH, TEACHER_WIDTH = 48, TINY["teacher"]["train_from_scratch"]["hidden_size"]
 LOSS = {**TINY["loss"], "hidden_weight": 2.0}

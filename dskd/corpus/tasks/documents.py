@@ -20,11 +20,11 @@ from dskd.corpus.files import Document
 from dskd.corpus.tasks.benchmarks import Benchmark, Example, benchmarks_named
 from dskd.corpus.tasks.prompts import Prompter, Question, digest_of, with_shots
 from dskd.corpus.tasks.reading import read_examples
-from dskd.models.folder import FindTeacher
+from dskd.models.files.folder import FindTeacher
 from dskd.random_numbers import derived_seed
 
 
-def fingerprint(config: Config, find: FindTeacher) -> dict[str, str]:
+def inputs_of_tasks(config: Config, find: FindTeacher) -> dict[str, str]:
     """Returns {task: digest of its documents}, and under `prompts` the form of their prompts.
 
     `find` finds the teacher.

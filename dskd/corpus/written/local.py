@@ -7,20 +7,20 @@ from typing import Any
 from dskd.config import Config
 from dskd.console import progress_bar
 from dskd.corpus.written.blocks import write_block
-from dskd.corpus.written.prompts import Prompter
+from dskd.corpus.written.prompts import WritingPrompter
 from dskd.corpus.written.requests import Request
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.models.folder import ModelFolder
+from dskd.models.files.folder import ModelFolder
 from dskd.models.limits import position_limit
-from dskd.models.sampling import Sampling, load_sampler
+from dskd.models.running.sampling import Sampling, load_sampler
 
 
 def write_with_teacher(
     config: Config,
     world: World,
     teacher: ModelFolder,
-    prompter: Prompter,
+    prompter: WritingPrompter,
     requests: Sequence[Request],
     left: Sequence[range],
     folder: Path,
@@ -31,7 +31,7 @@ def write_with_teacher(
 
     Raises:
         UserError: when a prompt leaves no room for a text, and the errors of
-            :func:`dskd.models.sampling.load_sampler`.
+            :func:`dskd.models.running.sampling.load_sampler`.
     """
     tokenizer, size = teacher.tokenizer, config.corpus.batch_size
     _require_positions(config, teacher, prompter, requests)
@@ -71,7 +71,9 @@ def _decode(tokenizer: Any, rows: list[list[int]]) -> list[str]:
     return texts
 
 
-def _require_positions(config: Config, teacher: ModelFolder, prompter: Prompter, requests: Sequence[Request]) -> None:
+def _require_positions(
+    config: Config, teacher: ModelFolder, prompter: WritingPrompter, requests: Sequence[Request]
+) -> None:
     limit = position_limit(teacher.load_config())
     if limit is None:
         return

@@ -17,7 +17,7 @@ from dskd.distributed.collectives import sum_over_ranks
 from dskd.distributed.world import World
 from dskd.evaluation.held_out_text import HeldOutText, alignment
 from dskd.evaluation.lexical.scores import Item
-from dskd.models.frozen import FrozenModel
+from dskd.models.running.frozen import FrozenModel
 from dskd.senses.csr import padded_ranges
 from dskd.senses.dictionary import SenseDictionary
 from dskd.shards import gather_rows

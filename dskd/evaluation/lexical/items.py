@@ -31,7 +31,7 @@ from dskd.evaluation.lexical.surface import surface_scores
 from dskd.evaluation.lexical.training_text import RUN_WORDS, Phrase, count_phrases, is_new, runs_of
 from dskd.evaluation.lexical.wic import Pair, gold_of, read_wic
 from dskd.lexicon.wordnet import WordNet, open_wordnet
-from dskd.models.folder import ModelFolder
+from dskd.models.files.folder import ModelFolder
 
 FILE = "items.json"
 

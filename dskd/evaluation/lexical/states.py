@@ -14,9 +14,9 @@ from dskd.console import progress_bar
 from dskd.distributed.collectives import sum_over_ranks
 from dskd.distributed.world import World
 from dskd.evaluation.batching import batches_by_length, padded
-from dskd.models.frozen import FrozenModel
-from dskd.models.output_head import OutputHead
-from dskd.models.readouts import chunk_size, next_token
+from dskd.models.running.frozen import FrozenModel
+from dskd.models.running.readouts import chunk_size, next_token
+from dskd.models.structure.output_head import OutputHead
 
 WORD, TARGET = 0, 1  # indices into the states: the word's last token, and the token before the word, which predicts it
 _REDUCED_ELEMENTS = 2**24  # elements of the states that one collective operation sums over ranks

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from dskd.errors import UserError, listed, reason_of, shortened
-from dskd.models.folder import BAD_CONFIG
-from dskd.models.gguf.file import GgufFile
+from dskd.models.files.folder import BAD_CONFIG
+from dskd.models.files.gguf_file import GgufFile
 from dskd.models.gguf.tokenizer import vocabulary_rows
 
 _INSTEAD = "name a Hugging Face folder of the model instead"
@@ -163,7 +163,7 @@ def _check_keys(file: GgufFile, config: Any, mapping: Mapping[str, Any]) -> None
         if key.startswith(_OF_NO_ROPE_SCALING) and not is_scaled:
             continue
         names = _SAME_AS.get(key, ())
-        built = next((found for name in names if (found := _value_of(config, name)) is not None), None)
+        built = next((own for name in names if (own := _value_of(config, name)) is not None), None)
         if built is None:
             problems.append(f"{prefix}{key}: {_shown(value)} (there is no such key in {type(config).__name__})")
         elif not _is_same(value, built):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from dskd.models import smollm2
+from dskd.models.files import smollm2
 
 # {sha256 of the file: the model's name on the Hub}.
 HUB_NAMES: Mapping[str, str] = {smollm2.SHA256: smollm2.HUB_NAME}

@@ -21,17 +21,17 @@ from dskd.artifacts.manifest import Recipe
 from dskd.config import Config
 from dskd.console import say, stage, warn
 from dskd.errors import UserError, reason_of
-from dskd.models.architecture import check_architecture
-from dskd.models.causal_lm import empty_model
-from dskd.models.digests import gguf_digest, gguf_path
-from dskd.models.folder import ModelFolder, find_tokenizer_folder, load_tokenizer, tokenizer_files_digest
+from dskd.models.checks.architecture import check_architecture
+from dskd.models.checks.room import require_room
+from dskd.models.files.digests import gguf_digest, gguf_path
+from dskd.models.files.folder import ModelFolder, find_tokenizer_folder, load_tokenizer, tokenizer_files_digest
+from dskd.models.files.gguf_file import GgufFile, read_gguf
+from dskd.models.files.stored_names import check_stored_tensors
+from dskd.models.files.weights import TensorReader
 from dskd.models.gguf.config import check_tensors, read_config
-from dskd.models.gguf.file import GgufFile, read_gguf
 from dskd.models.gguf.tokenizer import PROBES, build_tokenizer, compare_tokenizers, turn_ends
 from dskd.models.limits import check_limits
-from dskd.models.room import require_room
-from dskd.models.stored_names import check_stored_tensors
-from dskd.models.weights import TensorReader
+from dskd.models.structure.causal_lm import empty_model
 
 # The keys of a GGUF file that say where its model comes from, without general. at their beginning.
 _PROVENANCE = ("name", "organization", "author", "license", "license.link", "url", "source.url", "repo_url", "finetune")
@@ -128,10 +128,10 @@ def _find_tokenizer(config: Config, file: GgufFile) -> tuple[Any, str]:
     tokenizer = load_tokenizer(
         find_tokenizer_folder(named), named_by="teacher.tokenizer", trust_remote_code=config.teacher.trust_remote_code
     )
-    found = compare_tokenizers(tokenizer, file, named)
+    difference = compare_tokenizers(tokenizer, file, named)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = file.value("tokenizer.chat_template", str)
-    return tokenizer, f"{named}: {found}"
+    return tokenizer, f"{named}: {difference}"
 
 
 def _special_tokens(tokenizer: Any, ends: list[int]) -> dict[str, Any]:
@@ -222,9 +222,9 @@ def _check_stored(folder: Path, expected: list[tuple[str, torch.Tensor, torch.Te
 def _provenance(file: GgufFile) -> dict[str, Any]:
     """Returns where the file says its model comes from."""
     prefix = "general."
-    found = {key: file.values[prefix + key] for key in _PROVENANCE if prefix + key in file.values}
+    provenance = {key: file.values[prefix + key] for key in _PROVENANCE if prefix + key in file.values}
     bases = {key.removeprefix(prefix): value for key, value in file.values.items() if key.startswith(_BASE_MODELS)}
-    return found | bases
+    return provenance | bases
 
 
 def _report(file: GgufFile, tokenizer: Any, source: str, ends: list[int], stored_in: str, perplexity: float) -> None:

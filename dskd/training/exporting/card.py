@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dskd.artifacts.files import write_text
-from dskd.losses.terms import TERMS
-from dskd.models.folder import MODEL_CARD_NAME
+from dskd.config import LossConfig
+from dskd.errors import counted
+from dskd.losses.terms import minimised_terms
+from dskd.models.files.folder import MODEL_CARD_NAME
 from dskd.students.spacing import as_text
 from dskd.training.exporting import HELD_OUT_TEXT
 from dskd.training.exporting.licences import is_link, licence_link, obligations
@@ -150,24 +152,19 @@ def _plain(text: Any) -> str:
     return html.escape(re.sub(r"[\\\[\]*_|]", r"\\\g<0>", str(text)), quote=False).replace("`", "'")
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def _teacher_name(card: Mapping[str, Any]) -> str:
     return _plain(card.get("teacher", {}).get("name", ""))
 
 
 def _summary(card: Mapping[str, Any]) -> str:
-    loss = card["loss"]
     with_senses = (
         ", with a loss that compares its hidden states with sense embeddings of words (Decoder-based Sense Knowledge "
         "Distillation)"
-        if loss["sense_weight"]
+        if _loss_of(card).reads("sense_rows")
         else ""
     )
     return (
-        f"A language model of {_counted(card['student']['num_layers'], 'layer')}, distilled from a larger one, the "
+        f"A language model of {counted(card['student']['num_layers'], 'layer')}, distilled from a larger one, the "
         f"teacher{with_senses}. It was made with `dskd`. Nobody has examined what it says: expect errors, and the "
         "teacher's biases."
     )
@@ -179,15 +176,15 @@ def _made(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [("Teacher", _teacher(card.get("teacher"))), ("Student", _student(card))]
     if "text" in card:
         lines.append(("Text", _text(card["text"])))
-    if "lexicon" in card and (card["loss"]["sense_weight"] or card["loss"]["lexical_weight"] != 1):
+    if "lexicon" in card and _loss_of(card).reads("sense_rows", "lexical_marks"):
         lines.append(("Synonyms and antonyms", _lexicon(card["lexicon"])))
-    return [*lines, ("Loss", _loss(card["loss"])), ("Training", _training(card["training"], facts["rounding_error"]))]
+    return [*lines, ("Loss", _loss(_loss_of(card))), ("Training", _training(card["training"], facts["rounding_error"]))]
 
 
 def _teacher(teacher: Mapping[str, Any] | None) -> str:
     if teacher is None:
         return "not known: it was not on the machine that exported the model"
-    what = f"{teacher['architecture']}, {_counted(teacher['layers'], 'layer')}"
+    what = f"{teacher['architecture']}, {counted(teacher['layers'], 'layer')}"
     if teacher["origin"] == "scratch":
         return f"trained from scratch on the same text ({what})"
     if teacher["origin"] == "hub":
@@ -210,7 +207,7 @@ def _teacher(teacher: Mapping[str, Any] | None) -> str:
 def _student(card: Mapping[str, Any]) -> str:
     student, trained = card["student"], _trained(card["training"]["trained"])
     if student["origin"] == "from_config":
-        return f"{_counted(student['num_layers'], 'layer')}, which began with random weights; {trained}"
+        return f"{counted(student['num_layers'], 'layer')}, which began with random weights; {trained}"
     if student["origin"] == "path":
         return f"began as {_plain(student.get('name', 'another pretrained model'))}; {trained}"
     of = f" of {card['teacher']['layers']}" if "teacher" in card else ""
@@ -237,32 +234,37 @@ def _text(text: Mapping[str, Any]) -> str:
         name = f"[{_plain(text['dataset'])}](https://huggingface.co/datasets/{text['dataset']})"
     if "benchmarks" in text:
         name += f" ({', '.join(text['benchmarks'])})"
-    return f"{name}; a corpus of {_counted(text['documents'], 'document')}"
+    return f"{name}; a corpus of {counted(text['documents'], 'document')}"
 
 
 def _lexicon(lexicon: Mapping[str, Mapping[str, int]]) -> str:
     return "; ".join(
-        f"{_plain(source)} ({', '.join(_counted(count, f'{relation} pair') for relation, count in counts.items())})"
+        f"{_plain(source)} ({', '.join(counted(count, f'{relation} pair') for relation, count in counts.items())})"
         for source, counts in lexicon.items()
     )
 
 
-def _loss(loss: Mapping[str, Any]) -> str:
+def _loss_of(card: Mapping[str, Any]) -> LossConfig:
+    """Returns the section `loss` of the trained run; a key that its export does not have is at its default."""
+    return LossConfig.model_construct(**card["loss"])
+
+
+def _loss(loss: LossConfig) -> str:
     """Returns the terms of the loss with their weights."""
-    shown = {**loss, "divergence": _DIVERGENCES[loss["divergence"]]}
+    keys = {**dict(loss), "divergence": _DIVERGENCES[loss.divergence]}
     terms = [
-        f"{loss[term.weight]:g} × {term.formula.format_map(shown)}"
-        for term in TERMS
-        if term.weight is not None and loss[term.weight]
+        f"{getattr(loss, term.weight):g} × {term.formula.format_map(keys)}"
+        for term in minimised_terms()
+        if term.is_weighted(loss)
     ]
-    weighted = "" if loss["lexical_weight"] == 1 else f"; words with relations weigh {loss['lexical_weight']:g}"
-    share = loss.get("position_share", 1)
+    weighted = f"; words with relations weigh {loss.lexical_weight:g}" if loss.reads("lexical_marks") else ""
+    share = loss.position_share
     drawn = "" if share == 1 else f"; at {100 * share:g} % of the positions, drawn at random in each step"
     return f"{' + '.join(terms)}{weighted}{drawn}"
 
 
 def _training(training: Mapping[str, Any], rounding: float | None) -> str:
-    text = f"{_counted(training['steps'], 'step')} of {_counted(training['global_batch_size'], 'sequence')}"
+    text = f"{counted(training['steps'], 'step')} of {counted(training['global_batch_size'], 'sequence')}"
     if "sequence_length" in training:
         tokens = training["sequences"] * training["sequence_length"]
         text += f" of up to {training['sequence_length']:,} tokens ({tokens:,} in all, at most)"

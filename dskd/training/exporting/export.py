@@ -20,14 +20,14 @@ from dskd.artifacts.manifest import Manifest, Recipe, is_current, package_versio
 from dskd.config import Config
 from dskd.console import say, stage, warn
 from dskd.errors import OutageError, UserError
-from dskd.models.agreement import check_agreement
-from dskd.models.causal_lm import empty_model
-from dskd.models.folder import ModelFolder
-from dskd.models.stored_names import StoredNames, parameter_names
-from dskd.models.weights import TensorReader, write_weights
+from dskd.models.checks.agreement import check_agreement
+from dskd.models.files.folder import ModelFolder
+from dskd.models.files.stored_names import StoredNames, parameter_names
+from dskd.models.files.weights import TensorReader, write_weights
+from dskd.models.structure.causal_lm import empty_model
 from dskd.students.student import find_student, open_made_model
 from dskd.tracking import forget_unlogged, log_export, note_unlogged, read_unlogged
-from dskd.training import checkpoint
+from dskd.training.checkpoints import checkpoint
 from dskd.training.exporting import card
 from dskd.training.exporting.card_facts import collect_facts, find_source_teacher
 from dskd.training.exporting.files import add_licence_texts, copy_files, copy_licences

@@ -11,9 +11,9 @@ from dskd.artifacts import kinds
 from dskd.artifacts.hashing import MANIFEST_NAME
 from dskd.artifacts.manifest import read_manifest, write_json
 from dskd.console import warn
-from dskd.models.folder import ADAPTER_CONFIG, LICENCE_FILES, MODEL_CARD_NAME, ModelFolder, attention_key
-from dskd.models.generation import GENERATION_CONFIG, answer_ends, as_list, generation_values
-from dskd.models.weights import WEIGHTS_INDEX
+from dskd.models.files.folder import ADAPTER_CONFIG, LICENCE_FILES, MODEL_CARD_NAME, ModelFolder, attention_key
+from dskd.models.files.weights import WEIGHTS_INDEX
+from dskd.models.running.generation import GENERATION_CONFIG, answer_ends, as_list, generation_values
 from dskd.students.cutting import without_place
 from dskd.students.student import origin_of
 from dskd.training.exporting.licences import licence_text

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dskd.models.folder import MODEL_CARD_NAME
+from dskd.models.files.folder import MODEL_CARD_NAME
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 # Without characters that Markdown or HTML reads, and without a user, who may come with a password.

@@ -17,14 +17,14 @@ from dskd.config import Config
 from dskd.console import gigabytes, say
 from dskd.distributed.collectives import on_main
 from dskd.distributed.world import World
-from dskd.models.agreement import check_agreement
-from dskd.models.folder import ModelFolder
-from dskd.models.precision import compute_dtype
-from dskd.models.weights import TensorReader
-from dskd.training import checkpoint
+from dskd.models.checks.agreement import check_agreement
+from dskd.models.files.folder import ModelFolder
+from dskd.models.files.weights import TensorReader
+from dskd.models.running.precision import compute_dtype
+from dskd.training.checkpoints import checkpoint
 from dskd.training.exporting.export import write_export
 from dskd.training.exporting.files import copy_files
-from dskd.training.pair import ModelPair
+from dskd.training.models.pair import ModelPair
 
 # Largest student, in bytes, whose weights are written to the rehearsal; larger ones are linked.
 _WRITTEN = 2**30

@@ -14,7 +14,7 @@ from dskd.config.reading import load_config
 from dskd.corpus.build import build_corpus
 from dskd.corpus.sequences import build_sequences
 from dskd.evaluation.continued_texts import Prompts
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 from dskd.senses.build import build_senses
 from dskd.senses.dictionary import read_dictionary
 from dskd.shards import collate_tokens

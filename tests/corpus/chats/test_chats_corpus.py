@@ -16,7 +16,7 @@ from dskd.corpus.build import build_corpus, read_texts, recipe
 from dskd.corpus.sequences import load_sequences
 from dskd.corpus.sequences import recipe as recipe_of_sequences
 from dskd.errors import UserError
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 
 
 @pytest.fixture(scope="module")

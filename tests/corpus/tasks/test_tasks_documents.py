@@ -14,7 +14,7 @@ from dskd.corpus.sequences import load_sequences
 from dskd.corpus.tasks.benchmarks import BENCHMARKS, Example
 from dskd.corpus.tasks.documents import split
 from dskd.errors import UserError
-from dskd.models.frozen import load_frozen
+from dskd.models.running.frozen import load_frozen
 from dskd.shards.continuations import Continuer
 
 

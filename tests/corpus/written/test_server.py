@@ -19,7 +19,7 @@ from dskd.corpus.written import blocks, connection
 from dskd.corpus.written import write as writing
 from dskd.corpus.written.write import write_texts
 from dskd.errors import OutageError, UserError
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 
 
 def _completion(text: Any) -> dict:

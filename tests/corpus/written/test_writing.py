@@ -26,7 +26,7 @@ from dskd.corpus.written.write import recipe as written_recipe
 from dskd.corpus.written.write import write_texts
 from dskd.errors import UserError
 from dskd.inspection.lexicon import format_lexicon, inspect_lexicon
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 
 pytestmark = pytest.mark.slow
 TEXTS = "written/texts.parquet"

@@ -18,8 +18,8 @@ from dskd.evaluation.lexical.separation import pooled, separation
 from dskd.evaluation.lexical.states import TARGET, WORD, Tokens, read_likelihoods, read_states, tokenize
 from dskd.evaluation.lexical.surface import surface_scores
 from dskd.evaluation.lexical.wic import Marked, Pair
-from dskd.models.folder import find_teacher
-from dskd.models.frozen import load_frozen
+from dskd.models.files.folder import find_teacher
+from dskd.models.running.frozen import load_frozen
 from dskd.training.teacher_from_scratch import train_tokenizer
 
 TEXTS = [

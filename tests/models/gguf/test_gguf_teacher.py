@@ -17,13 +17,13 @@ from dskd.artifacts.hashing import sha256_of_file
 from dskd.artifacts.manifest import is_current, read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.models.folder import find_teacher
-from dskd.models.generation import end_tokens
+from dskd.models.files.folder import find_teacher
+from dskd.models.files.gguf_file import read_gguf
+from dskd.models.files.smollm2 import SHA256
 from dskd.models.gguf.config import read_config
-from dskd.models.gguf.file import read_gguf
 from dskd.models.gguf.teacher import build_teacher, recipe
 from dskd.models.gguf.tokenizer import build_tokenizer
-from dskd.models.smollm2 import SHA256
+from dskd.models.running.generation import end_tokens
 from dskd.students.student import build_student
 
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dskd.artifacts.manifest import read_manifest
 from dskd.config import Config
 from dskd.errors import UserError
-from dskd.models.folder import find_teacher
-from dskd.models.gguf.file import read_gguf
+from dskd.models.files.folder import find_teacher
+from dskd.models.files.gguf_file import read_gguf
 from dskd.models.gguf.tokenizer import build_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hot"}, {"role": "assistant", "content": "cold"}]

@@ -15,7 +15,7 @@ from tracked_results import losses_of
 from cluster_lab.slurm import Slurm
 from dskd.config.reading import load_config
 from dskd.tracking import read_runs
-from dskd.training import checkpoint
+from dskd.training.checkpoints import checkpoint
 
 TRAIN = REPOSITORY / "cluster" / "slurm" / "train.sbatch"
 JOB_S = 400

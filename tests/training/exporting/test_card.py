@@ -12,10 +12,10 @@ from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Manifest, Recipe
 from dskd.config import Config, LossConfig
 from dskd.evaluation.evaluations import HELD_OUT
-from dskd.models import smollm2
-from dskd.models.digests import digest_of_model
-from dskd.models.folder import ModelFolder
-from dskd.training.checkpoint import Checkpoint
+from dskd.models.files import smollm2
+from dskd.models.files.digests import digest_of_model
+from dskd.models.files.folder import ModelFolder
+from dskd.training.checkpoints.checkpoint import Checkpoint
 from dskd.training.exporting.card import Result, render_card, write_card
 from dskd.training.exporting.card_facts import _of_gguf, _student, _text, describe_teacher, find_source_teacher
 from dskd.training.exporting.licences import licence_in_card, obligations

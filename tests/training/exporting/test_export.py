@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from dskd.config.reading import load_config
 from dskd.errors import OutageError, UserError
-from dskd.models.agreement import check_agreement
-from dskd.training import checkpoint
+from dskd.models.checks.agreement import check_agreement
+from dskd.training.checkpoints import checkpoint
 from dskd.training.exporting import export
 from dskd.training.exporting.export import build_export
 

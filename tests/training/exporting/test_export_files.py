@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from dskd.artifacts.building import build_artifact
 from dskd.artifacts.manifest import Recipe
-from dskd.models.folder import ModelFolder
+from dskd.models.files.folder import ModelFolder
 from dskd.training.exporting.export import write_export
 from dskd.training.exporting.files import add_licence_texts, copy_licences, copy_notices
 

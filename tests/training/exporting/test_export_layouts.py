@@ -15,9 +15,10 @@ from dskd.artifacts.manifest import Recipe
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
-from dskd.models.folder import find_teacher
+from dskd.models.files.folder import find_teacher
 from dskd.students.student import build_student, find_student
-from dskd.training import checkpoint, checkpoint_writing
+from dskd.training.checkpoints import checkpoint
+from dskd.training.checkpoints.writing import save_checkpoint
 from dskd.training.exporting.export import build_export, write_export
 from dskd.training.exporting.rehearsal import rehearse_export
 
@@ -84,7 +85,7 @@ def _train_and_export(config, world):
     settings = {key: settings[key] for key in ("loss", "train", "student", "seed", "precision")}
     recipe = Recipe("checkpoint", inputs, settings, find_teacher(config).digest, student.tokenizer_digest)
     facts = {"step": 1, "total_steps": 1, "world_size": 1, "mlflow_run_id": None, "dtype": _dtype(config)}
-    checkpoint_writing.save(pair, config, recipe, facts, world)
+    save_checkpoint(pair, config, recipe, facts, world)
     pair.engine.destroy()
     build_export(config)
     trained = load_file(checkpoint.latest(config).path / checkpoint.TRAINED_FILE)
