@@ -178,7 +178,11 @@ def _speed(plan: Plan) -> str:
 
 def _disk(plan: Plan) -> str:
     disk = plan.disk
-    sizes = {"shards before compression": disk.sample, "stored states, in the shards": disk.sample_states}
+    sizes = {
+        "shards before compression": disk.sample,
+        "stored states, in the shards": disk.sample_states,
+        "the same, kept until the shards are complete": disk.sample_kept,
+    }
     rows = [
         ["senses, at most, without spans", _gb(disk.senses)],
         ["states while senses are built, at most", _gb(disk.states)],
@@ -223,8 +227,11 @@ def _stored(plan: Plan, stored: StatesComparison) -> str:
         once, one, other = (f"{_hours(each / 3600)} hours" for each in seconds)
         copies = ", and as much on each node" if _is_copied(plan) else ""
         lines += [
-            f"  the states take {_gb(stored.disk)} GB of disk{copies}",
-            f"  annotation runs the teacher once, for about {once}; each run then takes {one} instead of {other}",
+            f"  the states take {_gb(stored.disk)} GB of disk{copies}"
+            + (", and twice that until the shards are complete" if stored.reads_once else ""),
+            f"  {'the dictionary' if stored.reads_once else 'annotation'} runs the teacher once, for about {once}"
+            + (", and annotation does not" if stored.reads_once else "")
+            + f"; each run then takes {one} instead of {other}",
         ]
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ annotate         the stage: finds the rows of the dictionary for each position
 recipe           what annotation reads, and what its shards depend on
 stored_states    the teacher's states as columns of the samples
 text_reader      lets the teacher read batches of text
+reading          keeps the teacher's states while the sense dictionary's are gathered, and gives them to annotation
 search           finds the rows nearest to the teacher's states
 continuations    lets the teacher continue the training texts
 """
