@@ -64,8 +64,8 @@ def _run(args: argparse.Namespace, folder: Path) -> None:
             tokens = torch.from_numpy(random.choice(args.vocab_size, args.batch, p=frequency / frequency.sum()))
             priorities = random_bits(0, torch.arange(first, first + args.batch))
             kept = reservoir.can_enter(tokens, priorities)
-            place = int(random.integers(args.batch))
-            reservoir.add(tokens[kept], priorities[kept], pool[place : place + args.batch][kept])
+            offset = int(random.integers(args.batch))
+            reservoir.add(tokens[kept], priorities[kept], pool[offset : offset + args.batch][kept])
             offered += args.batch
         runs = [folder / name for name in reservoir.flush()]
         reservoir.remove_obsolete()

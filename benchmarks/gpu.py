@@ -208,11 +208,11 @@ def run(plan: Plan, *, again: bool = False) -> None:
             print(f"{section.name}: measured before", flush=True)
             continue
         started = time.monotonic()
-        status, found = _run_section(plan, section)
+        status, results = _run_section(plan, section)
         seconds = round(time.monotonic() - started, 1)
         print(f"{section.name}: {status}, {seconds:.0f} s; {max(0, plan.left_s):.0f} s left", flush=True)
         identity = {"name": section.name, "title": section.title, "preset": plan.preset}
-        append_result(plan.out, identity | {"status": status, "seconds": seconds} | found)
+        append_result(plan.out, identity | {"status": status, "seconds": seconds} | results)
         write_report(plan.out, plan.preset)
     print(f"results: {plan.out / 'results.jsonl'}; tables: {plan.out / 'report.md'}", flush=True)
 
@@ -300,12 +300,12 @@ def _require_gpu(work: Path) -> None:
             "there is no GPU (torch sees none, or DS_ACCELERATOR=cpu hides it); `python -m benchmarks.gpu --toy` tries "
             "the plan on the CPU"
         )
-    place = next(folder for folder in (work, *work.parents) if folder.exists())
+    folder = next(folder for folder in (work, *work.parents) if folder.exists())
     made = (work / f"{_PRESET}-states" / "config.yaml").is_file()
-    free = shutil.disk_usage(place).free / 1e9
+    free = shutil.disk_usage(folder).free / 1e9
     if not made and free < _NEEDED_GB:
         raise SystemExit(
-            f"{place} has {free:.0f} GB free, and the work directory needs {_NEEDED_GB}; name another: --work"
+            f"{folder} has {free:.0f} GB free, and the work directory needs {_NEEDED_GB}; name another: --work"
         )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dskd.console import markdown_table
+
 RESULTS, REPORT = "results.jsonl", "report.md"
 
 
@@ -53,19 +55,14 @@ def write_report(folder: Path, preset: str) -> None:
 
 
 def _where(result: Mapping[str, Any]) -> str:
-    found = result["machine"]
-    named = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items() if name != "date")
-    return f"{found['date']}, {named}; {result['seconds']:.0f} s."
+    machine = result["machine"]
+    named = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine.items() if name != "date")
+    return f"{machine['date']}, {named}; {result['seconds']:.0f} s."
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns a table of Markdown; shorter rows are filled."""
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [*cells, *[""] * (len(header) - len(cells))]
-        return f"| {' | '.join(cell.replace('|', '/') for cell in padded)} |"
-
-    return [line(header), f"|{'---|' * len(header)}", *map(line, rows)]
+    """Returns the lines of a table of Markdown; shorter rows are filled."""
+    return markdown_table(header, [[*cells, *[""] * (len(header) - len(cells))] for cells in rows]).splitlines()
 
 
 def _last_words(output: str) -> list[str]:

@@ -40,7 +40,7 @@ def entries(relations: int) -> Iterator[str]:
             continue
         places = [(pair + i) % relations for i in range(RELATIONS_PER_ENTRY)]
         head = words[places[0] // RELATIONS_PER_ENTRY % len(words)]
-        tails = [words[(place * 7919 + 1) % len(words)] for place in places]
+        tails = [words[(index * 7919 + 1) % len(words)] for index in places]
         senses = json.dumps([{"synonyms": [{"word": tail} for tail in tails[1:]], "glosses": ["a gloss"]}])
         antonyms = json.dumps([{"word": f"not {tails[0]}", "sense": "a gloss"}])
         yield (

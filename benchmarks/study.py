@@ -56,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     rows = [_row(arm, [result for result in results if result.arm == arm]) for arm in args.arms]
     header = ("arm", "seeds", "steps", "tokens", "seconds", *(name.replace("_", " ") for name in _MEASURES))
-    found = {"prepared_s": prepared, "results": [json.loads(result.to_json()) for result in results]}
-    publish(args, "benchmarks.study", header, rows, found, at_start)
+    raw = {"prepared_s": prepared, "results": [json.loads(result.to_json()) for result in results]}
+    publish(args, "benchmarks.study", header, rows, raw, at_start)
 
 
 def _row(name: str, results: Sequence[Result]) -> list[str]:

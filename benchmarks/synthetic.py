@@ -105,9 +105,9 @@ def draw_annotation(tokens: np.ndarray, dictionary: SenseDictionary, kappa: int)
         entries = getattr(dictionary.entries, f"{kind}_entries").numpy()
         # For each position draw `kappa` of its target's related entries, and of each entry one row; -1 without any.
         numbers = (starts[targets + 1] - starts[targets])[..., None]
-        place = random.integers(0, np.maximum(numbers, 1), (*targets.shape, kappa))
-        place = np.minimum(starts[targets][..., None] + place, len(entries) - 1)
-        columns[f"{kind}_ids"] = np.where(numbers > 0, rows_of(entries[place]), -1).astype(np.int32)
+        entry = random.integers(0, np.maximum(numbers, 1), (*targets.shape, kappa))
+        entry = np.minimum(starts[targets][..., None] + entry, len(entries) - 1)
+        columns[f"{kind}_ids"] = np.where(numbers > 0, rows_of(entries[entry]), -1).astype(np.int32)
     for column in columns.values():
         column[:, -1] = -1  # the last position has no target
     return columns

@@ -85,21 +85,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shutdown()
     flops = shape.teacher_layers * shape.layer_flops() * input_ids.numel()
     rows = []
-    for name, found in measured.items():
-        if "problem" in found:
-            rows.append([name, found["problem"], "", "", "", "", ""])
+    for name, result in measured.items():
+        if "problem" in result:
+            rows.append([name, result["problem"], "", "", "", "", ""])
             continue
-        seconds = Spread(**found["seconds"])
-        found["utilisation"] = flops / seconds.median / rate
+        seconds = Spread(**result["seconds"])
+        result["utilisation"] = flops / seconds.median / rate
         rows.append(
             [
                 name,
                 f"{input_ids.numel() / seconds.median:,.0f}",
-                Spread(**found["speed"]).text(".2f"),
-                f"{found['utilisation']:.2f}",
-                f"{found['difference']:.0e}",
-                f"{found['first_pass_s']:.1f}",
-                ", ".join(found["kernels"][:2]),
+                Spread(**result["speed"]).text(".2f"),
+                f"{result['utilisation']:.2f}",
+                f"{result['difference']:.0e}",
+                f"{result['first_pass_s']:.1f}",
+                ", ".join(result["kernels"][:2]),
             ]
         )
     header = ("", "tokens/s", "relative speed", "utilisation", "difference", "first pass, s", "kernels of attention")

@@ -73,6 +73,12 @@ def gigabytes(size: float) -> str:
     return f"{size / 2**10:.2f} KB"
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Formats rows as a table of Markdown, without a line break at its end; bars in cells are escaped."""
+    lines = ([cell.replace("|", "\\|") for cell in cells] for cells in (header, ["---"] * len(header), *rows))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """Formats rows as text columns: aligns the first `left` columns to the left, the others (numbers) to the right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]

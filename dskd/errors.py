@@ -65,6 +65,11 @@ def shortened(items: Sequence[object], limit: int = 20, *, total: int | None = N
     return f"{', '.join(map(str, items[:limit]))}{more}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun, whose plural ends with s: "1 rank", "1,024 ranks"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def listed(headline: str, problems: list[str], limit: int = 20) -> str:
     """Formats `headline` and the problems below it, one per line: at most `limit`, then the number of the others."""
     lines = [f"  {problem}" for problem in problems[:limit]]

@@ -32,7 +32,7 @@ from dskd.corpus.written import write as writing
 from dskd.distributed import stopping
 from dskd.distributed.world import World
 from dskd.errors import UserError
-from dskd.evaluation.programs import PROGRAMS, Program
+from dskd.evaluation.programs import PROGRAMS, InPipeline, Program
 from dskd.evaluation.results_in_cards import update_cards
 from dskd.lexicon import build as lexicon
 from dskd.lexicon.wordnet import open_wordnet
@@ -124,16 +124,8 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str], teacher: F
 
     `teacher` finds the teacher. The stages after that of the teacher call it.
     """
-
-    def stage(kind: Kind, recipe: Callable[[], Recipe], build: Callable[[], None]) -> Stage:
-        return Stage(kind.name, lambda: is_current(config.path(kind.folder), recipe()), build)
-
-    def ranks(program: str, *arguments: str) -> Callable[[], None]:
-        def start() -> None:
-            release_memory()
-            launch(config, program, ["--config", str(path), *arguments, *overrides])
-
-        return start
+    stage = functools.partial(_stage, config)
+    ranks = functools.partial(_on_ranks, config, path, overrides)
 
     def shards_are_current() -> bool:
         return not stale_splits(config, open_inputs(config, teacher()))
@@ -145,22 +137,16 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str], teacher: F
         return is_current(config.path(kinds.SENSES.folder), senses.recipe(config, opened))
 
     def build_sequences() -> None:
-        found = teacher()
-        vocab_size = vocabulary_size(found.load_config())
-        sequences.build_sequences(config, found.tokenizer, found.tokenizer_digest, vocab_size)
+        folder = teacher()
+        vocab_size = vocabulary_size(folder.load_config())
+        sequences.build_sequences(config, folder.tokenizer, folder.tokenizer_digest, vocab_size)
 
     def student_is_current() -> bool:
         recipe = student.recipe(config, teacher())
         return is_current(config.path(kinds.STUDENT.folder), recipe) and copies_are_current(config, teacher())
 
-    def evaluation(program: Program) -> Stage | None:
-        part = program.in_pipeline
-        if part is None or (names := part.names(config)) is None:
-            return None
-        option = [f"--{program.option}"] if program.option else []
-        return Stage(
-            part.stage, lambda: part.are_current(config, names, teacher()), ranks("evaluate.py", *option, *names)
-        )
+    def write() -> None:
+        writing.write_texts(config, World(0, 1, 0, torch.device("cpu")))
 
     from_gguf, written, from_scratch = [], [], []
     if config.teacher.is_gguf:
@@ -168,17 +154,16 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str], teacher: F
             stage(kinds.TEACHER, lambda: gguf_teacher.recipe(config), lambda: gguf_teacher.build_teacher(config))
         ]
     if config.corpus.source == "teacher":
-        if config.corpus.server is None:
-            write = ranks("write_texts.py")
-        else:
-
-            def write() -> None:
-                writing.write_texts(config, World(0, 1, 0, torch.device("cpu")))
-
-        written = [stage(kinds.WRITTEN, lambda: writing.recipe(config, teacher()), write)]
+        build = ranks("write_texts.py") if config.corpus.server is None else write
+        written = [stage(kinds.WRITTEN, lambda: writing.recipe(config, teacher()), build)]
     if config.teacher.train_from_scratch is not None:
-        make, build = teacher_from_scratch.recipe, teacher_from_scratch.build_teacher
-        from_scratch = [stage(kinds.TEACHER, lambda: make(config), lambda: build(config))]
+        from_scratch = [
+            stage(
+                kinds.TEACHER,
+                lambda: teacher_from_scratch.recipe(config),
+                lambda: teacher_from_scratch.build_teacher(config),
+            )
+        ]
     stages = [
         *from_gguf,  # first, so that a file that does not fit is refused before the corpus is read
         stage(kinds.LEXICON, lambda: lexicon.recipe(config), lambda: lexicon.build_lexicon(config)),
@@ -194,8 +179,24 @@ def plan_stages(config: Config, path: Path, overrides: Sequence[str], teacher: F
         run_config = load_config(path, [*overrides, run_override(name)])
         run_config.require_stored()
         stages += _run_stages(run_config, path, overrides, teacher)
-    stages += (evaluated for program in PROGRAMS if (evaluated := evaluation(program)) is not None)
-    return stages
+    return stages + _evaluation_stages(config, path, overrides, teacher)
+
+
+def _stage(config: Config, kind: Kind, recipe: Callable[[], Recipe], build: Callable[[], None]) -> Stage:
+    """Returns the stage that builds the artifact of this kind, which is up to date if it has this recipe."""
+    return Stage(kind.name, lambda: is_current(config.path(kind.folder), recipe()), build)
+
+
+def _on_ranks(
+    config: Config, path: Path, overrides: Sequence[str], program: str, *arguments: str
+) -> Callable[[], None]:
+    """Returns a function that runs a program of `launcher/` on all ranks."""
+
+    def start() -> None:
+        release_memory()
+        launch(config, program, ["--config", str(path), *arguments, *overrides])
+
+    return start
 
 
 def _run_stages(config: Config, path: Path, overrides: Sequence[str], teacher: FindTeacher) -> list[Stage]:
@@ -213,8 +214,7 @@ def _run_stages(config: Config, path: Path, overrides: Sequence[str], teacher: F
         # As everywhere in the pipeline, checkpoints of another config are stale and replaced; their tracked run stays.
         is_stale = newest is not None and bool(checkpoint.changes_since(newest, recipe))
         flag = "--overwrite" if is_stale else "--resume"
-        release_memory()
-        launch(config, "train.py", ["--config", str(path), flag, *overrides, run_override(config.run)])
+        _on_ranks(config, path, [*overrides, run_override(config.run)], "train.py", flag)()
 
     def exported() -> bool:
         newest = checkpoint.latest(config)
@@ -223,6 +223,21 @@ def _run_stages(config: Config, path: Path, overrides: Sequence[str], teacher: F
     return [
         Stage(f"train {config.run}", is_finished, build),
         Stage(f"export {config.run}", exported, lambda: export.build_export(config)),
+    ]
+
+
+def _evaluation_stages(config: Config, path: Path, overrides: Sequence[str], teacher: FindTeacher) -> list[Stage]:
+    """Returns a stage for each evaluation that the config asks for. `teacher` finds the teacher."""
+
+    def stage(program: Program, part: InPipeline, names: Sequence[str]) -> Stage:
+        option = [f"--{program.option}"] if program.option else []
+        start = _on_ranks(config, path, overrides, "evaluate.py", *option, *names)
+        return Stage(part.stage, lambda: part.are_current(config, names, teacher()), start)
+
+    return [
+        stage(program, part, names)
+        for program in PROGRAMS
+        if (part := program.in_pipeline) is not None and (names := part.names(config)) is not None
     ]
 
 

@@ -3,6 +3,7 @@
 from dskd.cli.program import build_parser, parse, run_on_ranks
 from dskd.config import Config
 from dskd.distributed.world import World
+from dskd.training.schedule import divide_batch
 
 EPILOG = """
 examples:
@@ -34,7 +35,7 @@ def main() -> None:
 
         train(config, world, resume=args.resume, overwrite=args.overwrite)
 
-    run_on_ranks(args, work)
+    run_on_ranks(args, work, check=lambda config, ranks: divide_batch(config.train, ranks))
 
 
 if __name__ == "__main__":

@@ -33,18 +33,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 _LONGEST = (
     "test_pipeline.py",
     "test_stored_states.py",
-    "test_width_map.py",
     "test_training.py",
-    "test_shipped_configs.py",
+    "test_width_map.py",
     "test_tracking_outages.py",
-    "test_architectures.py",
-    "test_interruption.py",
-    "test_tracking.py",
-    "test_plan.py",
     "test_other_students.py",
-    "test_storing_states.py",
+    "test_architectures.py",
+    "test_shipped_configs.py",
+    "test_plan.py",
     "test_memory.py",
+    "test_stopping.py",
+    "test_storing_states.py",
     "test_faults.py",
+    "test_tracking.py",
+    "test_gpu_plan.py",
+    "test_interruption.py",
 )
 
 

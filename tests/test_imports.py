@@ -1,9 +1,11 @@
 """Commands that compute nothing start quickly, because they do not import the large libraries."""
 
 import json
+import os
 import subprocess
 import sys
 
+from config_files import write_config
 from repository import REPOSITORY
 
 SLOW = ("torch", "deepspeed", "transformers", "streaming", "mlflow", "pyarrow")
@@ -51,3 +53,19 @@ def test_commands_that_compute_nothing_import_no_torch():
     expected += [[["dskd", *arguments], code, []] for arguments, code in COMMANDS]
     expected += [[[name, "--help"], 0, []] for name in launchers]
     assert [json.loads(line) for line in lines] == expected
+
+
+def test_ranks_that_cannot_share_a_batch_refuse_it_without_torch(tmp_path):
+    """Every rank would otherwise import for seconds first; only rank 0 prints the message."""
+    config = write_config(tmp_path / "c.yaml", {"workdir": str(tmp_path / "work"), "teacher": {"path": "t"}})
+    without_torch = (
+        "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    )
+    command = [sys.executable, "-c", without_torch, "launcher/train.py", "--config", str(config)]
+    command += ["train.global_batch_size=7"]
+    for rank, messages in enumerate((1, 0)):
+        environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=60)
+        assert ended.returncode == 2, ended.stderr
+        assert ended.stderr.count("7 sequences cannot be divided among 2 ranks") == messages
+        assert "Traceback" not in ended.stderr

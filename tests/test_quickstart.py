@@ -54,8 +54,8 @@ def test_the_quickstart_distils_a_real_model(tmp_path, no_runs, monkeypatch):
         student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
         for name, tensor in student.items():
             layer = re.search(r"layers\.(\d+)", name)
-            is_trained = layer is not None and int(layer[1]) >= 13
-            if is_trained:  # the last two of 30
+            is_trained = layer is not None and int(layer[1]) >= 12
+            if is_trained:  # the last three of 30
                 name = name.replace(layer[0], f"layers.{int(layer[1]) + 15}")
             if name in teacher:  # which has no head of its own: it is tied to the embeddings
                 assert torch.equal(tensor, teacher[name]) != is_trained, name

@@ -1,7 +1,4 @@
-"""The ready configurations: the paper's values are in them, and they train as they are, on toys.
-
-That of Llama-3-8B has a teacher of its own depth.
-"""
+"""The ready configurations: the paper's values are in them, and they train as they are, on toys."""
 
 import math
 from pathlib import Path
@@ -10,7 +7,7 @@ import pytest
 import torch
 from repository import REPOSITORY
 from safetensors.torch import load_file
-from shipped_inputs import LAYERS_OF_LARGE, LAYERS_OF_MISTRAL, write_inputs
+from shipped_inputs import LAYERS_OF_LARGE, LAYERS_OF_OTHERS, write_inputs
 from stages import build_inputs_of_training
 from tiny_wordnet import write_wordnet
 from transformers import AutoConfig
@@ -80,7 +77,11 @@ OF_TEACHER = {
 }
 RATE_OF_A_RANK = {LLAMA: 5e-5, MISTRAL: 2e-5}  # in the published program, where each has one sequence
 # The teacher's layers that are kept, and the student's that are trained.
-LAYERS = {LLAMA: (32, 16, [14, 15]), MISTRAL: (LAYERS_OF_MISTRAL, 16, [14, 15]), LARGE: (LAYERS_OF_LARGE, 7, [5, 6])}
+LAYERS = {
+    LLAMA: (LAYERS_OF_OTHERS, 16, [14, 15]),
+    MISTRAL: (LAYERS_OF_OTHERS, 16, [14, 15]),
+    LARGE: (LAYERS_OF_LARGE, 7, [5, 6]),
+}
 
 
 def _value(config, key):

@@ -62,7 +62,8 @@ def main() -> int:
         "--values-of",
         default="",
         metavar="NAME",
-        help="tune nothing on this text: test arms with the values that were chosen on another text of the results",
+        help="test arms with the values that were chosen on another text of the results; only arms in --arms without a "
+        "value there are tuned on this text",
     )
     parser.add_argument("--pairs", nargs="*", default=[], metavar="FILE", help="pairs of AntSynNET")
     parser.add_argument(
@@ -118,8 +119,8 @@ def main() -> int:
             folder_of(place)
         results = read_results(args.results)
         if args.values_of:
-            if args.looks or args.length:
-                raise UserError("--values-of: looks and lengths cannot have values of another text")
+            if args.looks:
+                raise UserError("--values-of: looks have no chosen values")
             require_values(results, args.values_of, args.arms)
         run_pipeline(args.config, overrides, until="shards")
         release_lock(config.path(LOCK))  # the pipeline holds it until this process ends

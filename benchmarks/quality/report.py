@@ -2,14 +2,15 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.arms import ARMS, BY_NAME, CHOSEN_BY, GROUPS, TUNING_SEED, Arm, time_of_sequence
 from benchmarks.quality.measures import BY_TEXT, DIGITS, MEASURES, OUTSIDE, is_at_chance
-from benchmarks.quality.results import TEACHER, UNTRAINED, Result, Stage, choose, results_by_arm
+from benchmarks.quality.results import TEACHER, UNTRAINED, Result, Stage, choose, chosen_values, results_by_arm
 from dskd.compare.statistics import CONFIDENCE, Difference, Estimate, holm, on_seeds
+from dskd.console import markdown_table
 
 _LEVEL = round(100 * CONFIDENCE)
 _INTRODUCTION = """# What makes a good student, and do senses help?
@@ -38,7 +39,7 @@ _ON_LOOKS = (
 _ON_LENGTHS = (
     "Tokens are those of an arm that reads the text once in its test. Above one times the text it is repeated."
 )
-_ON_VALUES = "Every arm has the value that was chosen on the text `{text}`; nothing was tuned on this one."
+_ON_VALUES = "Arms that are tuned on the text `{text}` have the value that was chosen there."
 _ON_TRIALS = """Every arm builds on the values that were chosen before it. `batch` and `batch again` are tried at equal
 time, as are arms "as long"; all others read as much of the text as the arm that they build on. No arm builds on Muon,
 even where it has the lowest KL after equally many steps: its step takes 5.6 times as long as AdamW's."""
@@ -75,7 +76,12 @@ def render(results: Sequence[Result]) -> str:
         ]
         stages = {result.stage for result in of_text if result.is_of_training}
         if "tune" in stages:
-            parts += ["### What was tried", _ON_TRIALS, *_check_of_times(results, text), _tried(of_text)]
+            parts += [
+                "### What was tried",
+                _ON_TRIALS,
+                *_check_of_times(results, text),
+                _tried(of_text, _values_elsewhere(results, of_text)),
+            ]
         if "look" in stages:
             parts += ["### Looks: untuned, on the validation part", _ON_LOOKS, *_compared(of_text, "look")]
         if "test" in stages:
@@ -119,19 +125,26 @@ def _references(results: Sequence[Result]) -> str:
         [f"{arm}, {'test' if stage == 'test' else 'validation'} part", *_values(result, names)]
         for (arm, stage), result in latest.items()
     ]
-    return _table(["reference", *_labels(names, _at_chance(results))], rows)
+    return markdown_table(["reference", *_labels(names, _at_chance(results))], rows)
 
 
-def _tried(results: Sequence[Result]) -> str:
+def _values_elsewhere(results: Sequence[Result], of_text: Sequence[Result]) -> dict[str, Any]:
+    """Returns the chosen values of the text whose values those of `of_text` build on, if there is one."""
+    others = sorted({result.values_of for result in of_text if result.values_of})
+    return chosen_values(results, others[0]) if others else {}
+
+
+def _tried(results: Sequence[Result], known: Mapping[str, Any]) -> str:
+    """Returns the table of trials; values that are `known` were not tried on this text."""
     names = [name for name in _TRIED if name in _measured(results)]
     tuned = (result for result in results if result.stage == "tune" and result.is_of_training)
     by_settings = {result.settings: result for result in tuned}
     text = results[0].text
-    chosen: dict[str, Any] = {}
+    chosen = dict(known)
     named: set[str] = set()
     rows = []
     for arm in ARMS:
-        if arm.based_on is not None and arm.based_on not in chosen:
+        if arm.name in known or (arm.based_on is not None and arm.based_on not in chosen):
             continue
         best = choose(results, text, arm, chosen)
         for value in arm.values(chosen):
@@ -146,7 +159,7 @@ def _tried(results: Sequence[Result]) -> str:
                 )
         if arm.tuned is None or best is not None:
             chosen[arm.name] = best
-    return _table(["arm", "tried", "steps", "seconds", *_labels(names)], rows)
+    return markdown_table(["arm", "tried", "steps", "seconds", *_labels(names)], rows)
 
 
 def _check_of_times(results: Sequence[Result], text: str) -> list[str]:
@@ -192,7 +205,7 @@ def _compared(results: Sequence[Result], stage: Stage) -> list[str]:
             if one in names
         ]
         if rows:
-            parts += ["Differences:", _table(["arm", "against", *_labels(compared)], rows)]
+            parts += ["Differences:", markdown_table(["arm", "against", *_labels(compared)], rows)]
     if outside := [name for name in _measured(of_stage) if name in OUTSIDE]:
         of_all = _with_shared_seeds(of_stage) if stage == "look" else of_stage
         parts += ["#### Outside judges", _values_of(of_all, ARMS, outside, at_chance, is_described=False)]
@@ -232,7 +245,7 @@ def _lengths(results: Sequence[Result]) -> list[str]:
         for length in lengths:
             times = length / of_stage[0].source["tokens"]
             header += [f"{_label(measure)}, {length:,} tokens ({times:.2g} × the text)", "against kd"]
-        parts.append(_table(["arm", *header], rows))
+        parts.append(markdown_table(["arm", *header], rows))
     return parts
 
 
@@ -270,7 +283,7 @@ def _values_of(
             rows.append([arm.name, *described, *estimates])
     columns = ["", "seeds", "steps", "tokens", "seconds"] if is_described else []
     header = ["arm", *columns, *_labels(names, at_chance)]
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def difference(results: Sequence[Result], stage: Stage, arm: Arm, other: Arm, measure: str) -> Difference | None:
@@ -316,8 +329,3 @@ def _labels(names: Sequence[str], at_chance: frozenset[str] = frozenset()) -> li
 
 def _label(measure: str) -> str:
     return measure.replace("_", " ")
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -43,7 +43,7 @@ class Result:
     source: Mapping[str, Any]
     judges: Mapping[str, str]  # {judge: its files}
     length: int = 0  # with the stage "length": tokens of training that were asked for
-    values_of: str = ""  # the text on which the arm's values were chosen; empty: this one
+    values_of: str = ""  # another text, whose values come before those chosen on this one
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -186,12 +186,16 @@ def choose(results: Iterable[Result], text: str, arm: Arm, chosen: Mapping[str, 
     return min(found, key=lambda value: found[value])
 
 
-def chosen_values(results: Sequence[Result], text: str, names: Collection[str] = frozenset(BY_NAME)) -> dict[str, Any]:
+def chosen_values(
+    results: Sequence[Result], text: str, names: Collection[str] = frozenset(BY_NAME), values_of: str = ""
+) -> dict[str, Any]:
     """Returns {arm: its value} of those arms in `names` that are tuned, with all that they build on; None where nothing
-    is tuned.
+    is tuned. Values that were chosen on the text `values_of` come before those of `text`.
     """
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = chosen_values(results, values_of, names) if values_of else {}
     for arm in ARMS:
+        if arm.name in chosen:
+            continue
         if arm.name in names and (arm.based_on is None or arm.based_on in chosen):
             best = choose(results, text, arm, chosen)
             if arm.tuned is None or best is not None:
@@ -214,7 +218,7 @@ def results_by_arm(results: Sequence[Result], text: str, names: Collection[str] 
     """
     tested = {}
     for values_of in {result.values_of for result in results if result.text == text}:
-        chosen = chosen_values(results, values_of or text)
+        chosen = chosen_values(results, text, values_of=values_of)
         tested[values_of] = {
             arm.name: arm.settings(chosen, chosen[arm.name]) for arm in ARMS if arm.tested and arm.name in chosen
         }

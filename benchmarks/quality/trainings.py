@@ -58,7 +58,7 @@ class Training:
     value: object
     settings: Settings
     length: int = 0  # tokens that the stage "length" asks for
-    values_of: str = ""  # the text on which the value was chosen; empty: the one of training
+    values_of: str = ""  # another text, whose values come before those chosen on this one
 
 
 def planned_trainings(
@@ -75,20 +75,23 @@ def planned_trainings(
         text: the name of the text.
         names: the arms to train, with those that they build on; empty for all.
         seeds: of the test; none for tuning alone.
-        values_of: another text, whose chosen values are tested on this one; empty to tune on this one.
+        values_of: another text, whose chosen values are tested on this one. Of the arms without a value there, only
+            those in `names` are tuned, on this text.
 
     Raises:
-        UserError: when the value of an arm in `names` is not chosen on `values_of` yet.
+        UserError: when the value of an arm that they build on is not chosen on `values_of` yet.
     """
     wanted = _with_bases(names)
-    chosen = chosen_values(results, values_of or text, wanted)
+    known: dict[str, Any] = {}
     if values_of:
         require_values(results, values_of, names)
-    else:
-        for arm in ARMS:
-            if arm.name in wanted and (arm.based_on is None or arm.based_on in chosen):
-                for value in arm.values(chosen):
-                    yield Training("tune", arm, TUNING_SEED, value, arm.settings(chosen, value))
+        known = chosen_values(results, values_of, wanted)
+        wanted = known.keys() | set(names)
+    chosen = chosen_values(results, text, wanted, values_of)
+    for arm in ARMS:
+        if arm.name in wanted - known.keys() and (arm.based_on is None or arm.based_on in chosen):
+            for value in arm.values(chosen):
+                yield Training("tune", arm, TUNING_SEED, value, arm.settings(chosen, value))
     for seed in seeds:  # seed by seed, so that an early end leaves complete pairs
         for name, value in chosen.items():
             if BY_NAME[name].tested:
@@ -103,17 +106,19 @@ def planned_lengths(
     seeds: Sequence[int],
     lengths: Sequence[int],
     text_tokens: int,
+    values_of: str = "",
 ) -> Iterator[Training]:
     """Yields the trainings of arms with their chosen values on other numbers of tokens, the shortest first.
 
     An arm that tuning lets read the text once reads it `lengths` / `text_tokens` times; one that reads half of it in
-    the same time reads half as much of each length.
+    the same time reads half as much of each length. Values that were chosen on the text `values_of` come before those
+    of this one.
 
     Raises:
         UserError: when an arm's value is not chosen yet.
     """
     names = names or [arm.name for arm in ARMS if arm.tested]
-    chosen = chosen_values(results, text, _with_bases(names))
+    chosen = chosen_values(results, text, _with_bases(names), values_of)
     if missing := [name for name in names if name not in chosen]:
         raise UserError(
             f"--length: the value of {missing[0]!r} is not chosen yet; tune it first, without --length and --looks"
@@ -123,7 +128,7 @@ def planned_lengths(
             for name in names:
                 settings = BY_NAME[name].settings(chosen, chosen[name])
                 longer = settings_of_length(settings, length, text_tokens)
-                yield Training("length", BY_NAME[name], seed, chosen[name], longer, length)
+                yield Training("length", BY_NAME[name], seed, chosen[name], longer, length, values_of)
 
 
 def planned_looks(names: Sequence[str], seeds: Sequence[int] = LOOK_SEEDS) -> Iterator[Training]:
@@ -155,13 +160,14 @@ def require_arms(names: Sequence[str]) -> None:
 
 
 def require_values(results: Sequence[Result], values_of: str, names: Sequence[str]) -> None:
-    """Checks that the values of arms are chosen on a text.
+    """Checks that a text has the values that arms need: their own, or those of the arms that they build on.
 
     Raises:
-        UserError: when the value of one in `names` is not, or with no `names` that of no arm.
+        UserError: when a value is missing, or with no `names` that of `kd`.
     """
     chosen = chosen_values(results, values_of, _with_bases(names))
-    missing = [name for name in names or ("kd",) if name not in chosen]
+    bases = [BY_NAME[name].based_on or name for name in names if name not in chosen]
+    missing = [name for name in (bases if names else ("kd",)) if name not in chosen]
     if missing:
         texts = ", ".join(sorted({result.text for result in results})) or "none"
         raise UserError(
@@ -248,7 +254,7 @@ class Runner:
             budget_s: no training starts after so many seconds.
             looks: do the looks instead.
             lengths: numbers of tokens; do the arms with their chosen values on these instead.
-            values_of: another text of the results, whose chosen values are tested; empty to tune on this one.
+            values_of: another text of the results, whose chosen values come before those of this one.
         """
         require_arms(names)
         started = time.monotonic()
@@ -261,7 +267,7 @@ class Runner:
                 planned = planned_looks(names, seeds)
             elif lengths:
                 tokens = self._text.input_ids.numel()
-                planned = planned_lengths(results, self._name, names, seeds, lengths, tokens)
+                planned = planned_lengths(results, self._name, names, seeds, lengths, tokens, values_of)
             else:
                 planned = planned_trainings(results, self._name, names, seeds, values_of)
             for training in planned:

@@ -19,12 +19,12 @@ _FULL_BYTES = 2**20  # a disk counts as full if it cannot take this many more by
 
 
 def require_disk_space(
-    place: Path, needed: int, purpose: str, *, remedy: str = "set workdir to another disk", already_written: int = 0
+    path: Path, needed: int, purpose: str, *, remedy: str = "set workdir to another disk", already_written: int = 0
 ) -> None:
     """Checks that a disk has room for something before it is written.
 
     Args:
-        place: the folder to write, which need not exist yet.
+        path: the folder to write, which need not exist yet.
         needed: the bytes that it will take.
         purpose: what they are for, for the message: "a checkpoint".
         remedy: what to do other than freeing space.
@@ -33,17 +33,17 @@ def require_disk_space(
     Raises:
         UserError: if less is free; it names the folder and both sizes.
     """
-    free = shutil.disk_usage(nearest_existing(place)).free + already_written
+    free = shutil.disk_usage(nearest_existing(path)).free + already_written
     if free < needed:
         raise UserError(
-            f"{place}: not enough disk space for {purpose}: {gigabytes(needed)} are needed, but only "
+            f"{path}: not enough disk space for {purpose}: {gigabytes(needed)} are needed, but only "
             f"{gigabytes(free)} are free. Free some space, or {remedy}"
         )
 
 
-def nearest_existing(place: Path) -> Path:
-    """Returns `place`, or its nearest parent that exists."""
-    return next(path for path in (place, *place.absolute().parents) if path.exists())
+def nearest_existing(path: Path) -> Path:
+    """Returns `path`, or its nearest parent that exists."""
+    return next(path for path in (path, *path.absolute().parents) if path.exists())
 
 
 @contextlib.contextmanager

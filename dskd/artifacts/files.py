@@ -19,35 +19,35 @@ def real_place(path: Path) -> Path:
     return path.resolve() if path.is_symlink() else path
 
 
-def old_folder(place: Path) -> Path:
+def old_folder(folder: Path) -> Path:
     """Returns the name that a folder has temporarily while a new one replaces it."""
-    place = real_place(place)
-    return place.with_name(f".{place.name}.old")
+    folder = real_place(folder)
+    return folder.with_name(f".{folder.name}.old")
 
 
-def replace_folder(new: Path, place: Path) -> None:
-    """Moves `new` to `place`, replacing a folder there. A crash leaves the old folder, the new one or none, but no mix.
+def replace_folder(new: Path, folder: Path) -> None:
+    """Moves `new` to `folder`, replacing what is there. A crash leaves the old folder, the new one or none, but no mix.
 
-    If `place` is a symbolic link, the link stays and the folder that it points to is replaced.
+    If `folder` is a symbolic link, the link stays and the folder that it points to is replaced.
     """
-    old = old_folder(place)
+    old = old_folder(folder)
     remove_tree(old)
-    place = real_place(place)
-    if place.exists():
-        place.rename(old)
-    new.rename(place)
+    folder = real_place(folder)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
     remove_tree(old)
 
 
-def require_replaceable(place: Path) -> None:
-    """Checks that :func:`replace_folder` can replace `place`, before a stage works for hours on its content.
+def require_replaceable(folder: Path) -> None:
+    """Checks that :func:`replace_folder` can replace `folder`, before a stage works for hours on its content.
 
     Raises:
         UserError: if it is a file, a mount point, or a link to a disk that is not mounted.
     """
-    real = real_place(place)
-    where = f"{place}: this is a link to {real}, which" if place.is_symlink() else f"{place}: this"
-    if place.is_symlink() and not real.parent.is_dir():
+    real = real_place(folder)
+    where = f"{folder}: this is a link to {real}, which" if folder.is_symlink() else f"{folder}: this"
+    if folder.is_symlink() and not real.parent.is_dir():
         raise UserError(
             f"{where} is not there, nor is {real.parent}; mount that disk, make the folder, or remove the link"
         )
@@ -55,7 +55,7 @@ def require_replaceable(place: Path) -> None:
         raise UserError(f"{where} is not a folder; remove it, or set workdir to another folder")
     if os.path.ismount(real):
         raise UserError(
-            f"{where} is a mount point, so it cannot be replaced by a new artifact; make {place} a link to a folder "
+            f"{where} is a mount point, so it cannot be replaced by a new artifact; make {folder} a link to a folder "
             "inside of that file system"
         )
 

@@ -20,6 +20,7 @@ from dskd.errors import UserError
 
 # A reader tries again if a new artifact may be replacing the old one at that moment.
 _LOOKS, _LOOK_AGAIN_S = 3, 0.2
+NOT_AS_RECORDED = "the content is not what the manifest says"  # of a file, in messages
 
 _PACKAGES = ("dskd", "torch", "deepspeed", "transformers", "tokenizers", "mosaicml-streaming", "nltk", "numpy")
 
@@ -141,19 +142,19 @@ def verify_files(
     for name, entry in files.items():
         if actual[name]["sha256"] != entry["sha256"]:
             raise UserError(
-                f"{path / name}: the content is not what the manifest says (sha256 {actual[name]['sha256'][:12]}…, "
+                f"{path / name}: {NOT_AS_RECORDED} (sha256 {actual[name]['sha256'][:12]}…, "
                 f"expected {entry['sha256'][:12]}…); remove {path} and make it again with `{made_by}`"
             )
 
 
-def require_same(what: str, *, expected: str | None, found: str | None, between: str, remedy: str) -> None:
+def require_same(what: str, *, expected: str | None, actual: str | None, between: str, remedy: str) -> None:
     """Checks that two artifacts were made from the same input.
 
     Raises:
-        UserError: naming both sides, if `expected` and `found` differ.
+        UserError: naming both sides, if `expected` and `actual` differ.
     """
-    if expected != found:
-        raise UserError(f"{between}: made with different {what} ({_short(expected)} and {_short(found)}); {remedy}")
+    if expected != actual:
+        raise UserError(f"{between}: made with different {what} ({_short(expected)} and {_short(actual)}); {remedy}")
 
 
 def write_json(path: Path, value: Any) -> None:

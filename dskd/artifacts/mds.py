@@ -41,9 +41,9 @@ def read_index(index: Path) -> list[dict[str, Any]]:
         kind = shard.get("format") if isinstance(shard, dict) else shard
         if kind != "mds":
             raise UserError(f"{index}: expected shards of the format 'mds', found {kind!r}; write the text as MDS")
-        for place in files_of(shard):
-            if not (index.parent / place).resolve().is_relative_to(index.parent.resolve()):
-                raise UserError(f"{index}: it names {place}, which is outside of its folder; write the shards again")
+        for name in files_of(shard):
+            if not (index.parent / name).resolve().is_relative_to(index.parent.resolve()):
+                raise UserError(f"{index}: it names {name}, which is outside of its folder; write the shards again")
     return shards
 
 

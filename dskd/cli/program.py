@@ -24,7 +24,7 @@ from dskd.config.reading import load_config
 from dskd.console import allow_any_text, say
 from dskd.distributed.shared_memory import describe_shortage
 from dskd.distributed.stopping import Stopped, StopRequest, deferred, ignore, listen
-from dskd.distributed.world import World, current_rank, is_main_process
+from dskd.distributed.world import World, current_rank, is_main_process, launched_ranks
 from dskd.errors import (
     FAULT_EXIT_CODE,
     INTERRUPTED_EXIT_CODE,
@@ -150,9 +150,9 @@ def run(action: Callable[[], int | None]) -> int:
         if not error.filename and (shortage := describe_shortage()):
             _print_error(f"{error.strerror}; {shortage}. Completed files are kept")
             return USER_ERROR_EXIT_CODE
-        place = f" ({error.filename})" if error.filename else ""
+        file = f" ({error.filename})" if error.filename else ""
         _print_error(
-            f"{error.strerror}{place}; completed files are kept. Free some space, or set workdir to another disk "
+            f"{error.strerror}{file}; completed files are kept. Free some space, or set workdir to another disk "
             "(or --output, if the command has it), and run the same command again: it resumes"
         )
         return USER_ERROR_EXIT_CODE
@@ -209,18 +209,27 @@ def run_stage(description: str | None, epilog: str, build: Callable[..., object]
     run_on_ranks(args, lambda config, world: build(config, world, force=args.force))
 
 
-def run_on_ranks(args: argparse.Namespace, action: Callable[[Config, World], object]) -> NoReturn:
-    """Reads the config, joins the ranks, calls `action` with both, and exits; handles errors like :func:`run`."""
-    from dskd.distributed.peers import meet_peers  # imported here so that --help does not wait for torch
-    from dskd.distributed.rendezvous import initialize, shutdown
+def run_on_ranks(
+    args: argparse.Namespace,
+    action: Callable[[Config, World], object],
+    *,
+    check: Callable[[Config, int], object] = lambda config, ranks: None,
+) -> NoReturn:
+    """Reads the config, joins the ranks, calls `action` with both, and exits; handles errors like :func:`run`.
 
+    `check` gets the config and the number of ranks, and refuses in a moment what they alone show to be wrong.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning)
 
     def join_and_act() -> None:
         try:
             config = load_config(args.config, args.overrides)
+            check(config, launched_ranks())
         except UserError as error:
             raise UserError(str(error), known_to_all_ranks=True) from None
+        from dskd.distributed.peers import meet_peers  # imported here so that what is above does not wait for torch
+        from dskd.distributed.rendezvous import initialize, shutdown
+
         listen()  # the launcher also ends its ranks with TERM, and the tracked run must then be marked as ended
         world = initialize(config.train.collective_timeout_s)
         peers = meet_peers(world)

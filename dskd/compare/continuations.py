@@ -36,10 +36,14 @@ def read_continuations(config: Config, runs: Sequence[TrackedRun], references: S
     return [
         Continuations(
             _end_of(prompt),
-            [(model.label, _line(said[prompt])) for model in models if prompt in (said := model.said)],
+            [
+                (model.label, _line(model.continuation_of[prompt]))
+                for model in models
+                if prompt in model.continuation_of
+            ],
             _line(first.texts_themselves.get(prompt, "")),
         )
-        for prompt in models[0].said
+        for prompt in models[0].continuation_of
     ]
 
 
@@ -52,7 +56,7 @@ class _Model:
     table: ContinuationTable
 
     @property
-    def said(self) -> Mapping[str, str]:
+    def continuation_of(self) -> Mapping[str, str]:
         """{prompt: its continuation}."""
         return self.table.of_models.get(self.name, {})
 
@@ -70,11 +74,11 @@ def _read(config: Config, runs: Sequence[TrackedRun], references: Sequence[str])
             yield _Model(run.name, label, table)
 
 
-def _parse(content: bytes, place: str) -> ContinuationTable:
+def _parse(content: bytes, source: str) -> ContinuationTable:
     try:
         return parse_continuations(content)
     except ValueError as error:
-        raise UserError(f"{place}: {error}; evaluate it again with `{HELD_OUT.made_by}`") from None
+        raise UserError(f"{source}: {error}; evaluate it again with `{HELD_OUT.made_by}`") from None
 
 
 def _end_of(prompt: str) -> str:

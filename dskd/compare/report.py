@@ -21,7 +21,7 @@ from dskd.compare.mlflow_link import mlflow_link
 from dskd.compare.pictures import bars_svg, curves_svg, differences_svg, paint, slug
 from dskd.compare.statistics import INTERVAL
 from dskd.compare.tables import Row, Table
-from dskd.errors import UserError
+from dskd.errors import UserError, counted
 from dskd.tracking import git_commit
 
 TEMPLATE = "report.html.jinja"
@@ -99,7 +99,7 @@ def _grid(comparison: Comparison, table: Table) -> dict[str, Any] | None:
 
 def _lead(comparison: Comparison) -> str:
     groups, runs = len(comparison.groups), len(comparison.runs)
-    text = f"{groups} group{'s' * (groups != 1)} of settings, {runs} run{'s' * (runs != 1)}"
+    text = f"{counted(groups, 'group')} of settings, {counted(runs, 'run')}"
     if not comparison.results:
         return f"{text}; settings, speed and cost only"
     better = [test for test in comparison.example_tests if test.is_better]

@@ -58,14 +58,14 @@ def read_results(
     return all_results
 
 
-def _read(content: bytes | None, evaluation: Evaluation, place: str) -> Examples | None:
+def _read(content: bytes | None, evaluation: Evaluation, source: str) -> Examples | None:
     """Returns a file's examples with unique names of measures: the accuracy of a benchmark is named after it."""
     if content is None:
         return None
     try:
         examples = read_examples(content)
     except ValueError as error:
-        raise UserError(f"{place}: {error}; evaluate it again with `{evaluation.made_by}`") from None
+        raise UserError(f"{source}: {error}; evaluate it again with `{evaluation.made_by}`") from None
     if evaluation.name not in BENCHMARKS:
         return examples
     measures = [dataclasses.replace(measure, name=f"{evaluation.name}_{measure.name}") for measure in examples.measures]

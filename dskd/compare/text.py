@@ -99,9 +99,9 @@ def format_texts(texts: Sequence[Continuations]) -> str:
         rows = wording.rows_of_continuations(text)
         width = max(len(name) for name, _ in rows)
         lines += ["", textwrap.fill(text.prompt, _WIDTH)]
-        for name, said in rows:
+        for name, continuation in rows:
             begin = f"  {name.ljust(width)}  "
-            lines.append(textwrap.fill(said, _WIDTH, initial_indent=begin, subsequent_indent=" " * len(begin)))
+            lines.append(textwrap.fill(continuation, _WIDTH, initial_indent=begin, subsequent_indent=" " * len(begin)))
     return "\n".join(lines)
 
 

@@ -40,7 +40,7 @@ def reference_label(name: str) -> str:
 
 def rows_of_continuations(continuations: Continuations) -> list[tuple[str, str]]:
     """Returns the continuations of a prompt as rows: the label of a model, or of the text itself, and what it says."""
-    rows = [(reference_label(name), said or "(nothing)") for name, said in continuations.continuations]
+    rows = [(reference_label(name), text or "(nothing)") for name, text in continuations.continuations]
     return [*rows, ("(the text itself)", continuations.itself)] if continuations.itself else rows
 
 

@@ -40,9 +40,9 @@ class EvaluationConfig(Section):
             return
         if self.wic is None:
             yield "wic_threshold needs evaluation.wic, the pairs that the threshold is applied to; set it too"
-        elif (place := Path(self.wic).expanduser().resolve()) == Path(self.wic_threshold).expanduser().resolve():
+        elif (path := Path(self.wic).expanduser().resolve()) == Path(self.wic_threshold).expanduser().resolve():
             yield (
-                f"wic_threshold is evaluation.wic itself, {place}, and the threshold would be chosen on what is "
+                f"wic_threshold is evaluation.wic itself, {path}, and the threshold would be chosen on what is "
                 "measured; name another file, such as that of the training split, or leave it out"
             )
 

@@ -89,8 +89,8 @@ def explain(errors: Sequence[Any], data: dict[str, Any]) -> list[tuple[str, str]
         else:
             message = _expected(error, location)
             is_secret = key.startswith(KEYS_WITH_SECRETS)
-            found = "another value" if is_secret else json.dumps(error["input"], default=str, ensure_ascii=False)
-            values[key] = f", found {found}"
+            value = "another value" if is_secret else json.dumps(error["input"], default=str, ensure_ascii=False)
+            values[key] = f", found {value}"
             if error["type"] == "string_type" and isinstance(error["input"], (bool, int, float)):
                 values[key] += "; put it in quotes"
         messages = explained.setdefault(key, [])

@@ -16,7 +16,7 @@ from dskd.config import Config
 from dskd.config.messages import KEYS_WITH_SECRETS, explain
 from dskd.config.runs import apply_run, merge, with_run, with_seeds
 from dskd.config.yaml_file import load_yaml, read_yaml
-from dskd.errors import UserError, listed
+from dskd.errors import UserError, counted, listed
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -48,17 +48,17 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     merged = with_run(merge(data, changes))
     seed_problems = _seed_problems(merged, data, changes)
     merged, run_problems = apply_run(with_seeds(merged), changes)
-    found = [*seed_problems, *run_problems]
+    messages = [*seed_problems, *run_problems]
     try:
         config = Config.model_validate_json(json.dumps(merged, default=str))
     except ValidationError as invalid:
-        keys = {key for key, _ in found}
-        found += [(key, message) for key, message in explain(invalid.errors(), merged) if key not in keys]
-    for key, message in found:
-        place, start = _locate(path, lines, overridden, overrides, key)
-        problems.append((place, f"{start}{message}"))
+        keys = {key for key, _ in messages}
+        messages += [(key, message) for key, message in explain(invalid.errors(), merged) if key not in keys]
+    for key, message in messages:
+        location, start = _locate(path, lines, overridden, overrides, key)
+        problems.append((location, f"{start}{message}"))
     if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        count = counted(len(problems), "problem")
         texts = [text for _, text in sorted(problems, key=lambda problem: problem[0])]
         raise UserError(listed(f"{count} in the configuration", texts))
     return config

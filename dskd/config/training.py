@@ -137,12 +137,12 @@ class LossConfig(Section):
         return self.reads("teacher_probabilities", "teacher_states")
 
 
-def _remote_folder(place: str) -> str:
-    if not re.match(r"[a-z0-9]+://[^/\s]|/", place):
+def _remote_folder(folder: str) -> str:
+    if not re.match(r"[a-z0-9]+://[^/\s]|/", folder):
         raise ValueError(
-            f"{place!r} is not a remote folder; give SCHEME://BUCKET/FOLDER, or a folder that begins with /"
+            f"{folder!r} is not a remote folder; give SCHEME://BUCKET/FOLDER, or a folder that begins with /"
         )
-    return place
+    return folder
 
 
 class TrainConfig(Section):

@@ -26,7 +26,7 @@ from dskd.console import progress, progress_bar, say, stage, warn
 from dskd.corpus import hub
 from dskd.corpus.chats import documents as chats
 from dskd.corpus.files import Document, read_file
-from dskd.corpus.finding import TextFiles, find_files, fingerprint
+from dskd.corpus.finding import TextFiles, find_files, fingerprint_of_text
 from dskd.corpus.hub import read_dataset
 from dskd.corpus.tasks import documents as tasks
 from dskd.corpus.written.blocks import FILE
@@ -60,20 +60,20 @@ def recipe(config: Config, find: FindTeacher | None = None) -> Recipe:
     if corpus.source == "wordnet":
         inputs = {"wordnet": open_wordnet(config.wordnet.path).digest}
     elif corpus.source == "tasks":
-        inputs = tasks.fingerprint(config, find)
+        inputs = tasks.inputs_of_tasks(config, find)
     elif corpus.source == "teacher":
         inputs = {
             "wordnet": open_wordnet(config.wordnet.path).digest,  # its morphology finds a text's word
             "written": read_manifest(config.path(kinds.WRITTEN.folder), kinds.WRITTEN.name).digest,
         }
     elif corpus.dataset is not None:
-        inputs = hub.fingerprint(corpus)
+        inputs = hub.inputs_of_dataset(corpus)
     else:
         paths = [*_find(config, "train").files, *_find(config, "validation").files]
-        inputs = {str(path): fingerprint(path) for path in paths}
+        inputs = {str(path): fingerprint_of_text(path) for path in paths}
     settings = {key: value for key, value in corpus.as_dict().items() if key not in _NOT_IN_RECIPE}
     if corpus.source == "chat":
-        inputs |= chats.fingerprint(find())
+        inputs |= chats.inputs_of_chats(find())
     else:
         del settings["loss_on"]  # so that a corpus written before chats could be read stays up to date
     return Recipe(kinds.CORPUS.name, inputs, settings)

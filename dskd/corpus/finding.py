@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dskd.artifacts import mds
-from dskd.artifacts.hashing import digest_of_json
-from dskd.artifacts.hashing import fingerprint as fingerprint_of_file
+from dskd.artifacts.hashing import digest_of_json, fingerprint
 from dskd.corpus.opening import COMPRESSIONS, without_compression
 from dskd.corpus.tables import saved_files
 from dskd.errors import UserError, listed, shortened
@@ -110,7 +109,7 @@ def find_files(patterns: Sequence[str], key: str, *, workdir: Path) -> TextFiles
     return TextFiles(chosen, left_out, list(dict.fromkeys(notes)))
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint_of_text(path: Path) -> str:
     """Returns a digest that changes when the content of a file that :func:`find_files` found changes.
 
     It uses sizes and modification times, because reading a large corpus only to see that nothing changed takes too
@@ -118,8 +117,8 @@ def fingerprint(path: Path) -> str:
     """
     files = _files_read_through(path)
     if files == [path]:
-        return fingerprint_of_file(path)
-    return digest_of_json([fingerprint_of_file(file) for file in files if file.is_file()])
+        return fingerprint(path)
+    return digest_of_json([fingerprint(file) for file in files if file.is_file()])
 
 
 def _files_read_through(path: Path) -> list[Path]:
@@ -141,20 +140,20 @@ class _Search:
         self.left_out: Counter[str] = Counter()
         self.left_out_bytes: Counter[Path] = Counter()
 
-    def below(self, places: Iterable[Path]) -> set[Path]:
-        """Returns the files with text among `places` and in the folders among them."""
+    def below(self, paths: Iterable[Path]) -> set[Path]:
+        """Returns the files with text among `paths` and in the folders among them."""
         texts: set[Path] = set()
-        for place in places:
-            if self._excluded is not None and _real(place).is_relative_to(self._excluded):
+        for path in paths:
+            if self._excluded is not None and _real(path).is_relative_to(self._excluded):
                 continue
-            if place.is_dir():
-                texts |= self._in_folder(place)
-            elif place.is_symlink() and not place.exists():
-                self._problems.append(f"{self._key}: {place} is a broken link")
-            elif not _is_readable(place):
-                self._problems.append(f"{self._key}: {place}: expected {READABLE}")
+            if path.is_dir():
+                texts |= self._in_folder(path)
+            elif path.is_symlink() and not path.exists():
+                self._problems.append(f"{self._key}: {path} is a broken link")
+            elif not _is_readable(path):
+                self._problems.append(f"{self._key}: {path}: expected {READABLE}")
             else:
-                texts |= self._text_of([place])
+                texts |= self._text_of([path])
         return texts
 
     def _in_folder(self, folder: Path) -> set[Path]:
@@ -165,17 +164,17 @@ class _Search:
         def report(error: OSError) -> None:
             self._problems.append(f"{self._key}: {error.filename}: cannot be read ({error.strerror})")
 
-        for place, folders, names in os.walk(folder, followlinks=True, onerror=report):
-            status = os.stat(place)  # noqa: PTH116
-            is_excluded = self._excluded is not None and _real(Path(place)) == self._excluded
+        for directory, folders, names in os.walk(folder, followlinks=True, onerror=report):
+            status = os.stat(directory)  # noqa: PTH116
+            is_excluded = self._excluded is not None and _real(Path(directory)) == self._excluded
             if is_excluded or (status.st_dev, status.st_ino) in visited:  # the latter: a link back
                 folders.clear()
                 continue
             visited.add((status.st_dev, status.st_ino))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            visible = [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+            visible = [Path(directory, name) for name in sorted(names) if not name.startswith(".")]
             if DATASET_SPLITS in names:
-                self._choose_split(Path(place), folders)
+                self._choose_split(Path(directory), folders)
             dangling = [file for file in visible if file.is_symlink() and not file.exists()]
             self._problems += [f"{self._key}: {file} is a broken link" for file in dangling if _has_ending(file)]
             texts |= self._text_of(file for file in visible if file.is_file())

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dskd.artifacts.hashing import digest_of_json
-from dskd.artifacts.hashing import fingerprint as fingerprint_of_file
+from dskd.artifacts.hashing import digest_of_json, fingerprint
 from dskd.config import CorpusConfig
 from dskd.corpus.files import Document, as_documents
 from dskd.corpus.finding import DATASET_SPLITS, DATASET_STATE
@@ -16,7 +15,7 @@ from dskd.corpus.records import text_of
 from dskd.errors import UserError
 
 
-def fingerprint(corpus: CorpusConfig) -> dict[str, str]:
+def inputs_of_dataset(corpus: CorpusConfig) -> dict[str, str]:
     """Returns {folder: digest of its files} if the dataset is a folder.
 
     Returns {} for a dataset on the Hub, which only its name identifies.
@@ -25,7 +24,7 @@ def fingerprint(corpus: CorpusConfig) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(folder): digest_of_json([fingerprint_of_file(file) for file in files])}
+    return {str(folder): digest_of_json([fingerprint(file) for file in files])}
 
 
 def read_dataset(corpus: CorpusConfig, split: str) -> Iterator[Document]:

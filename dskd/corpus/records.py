@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dskd.corpus.opening import open_text
-from dskd.errors import UserError
+from dskd.errors import UserError, counted
 
 CHATS = "docs/training.md#chat-and-instruction-data"
 _READ_CHATS = f"Set corpus.source: chat, which reads chats, as {CHATS} shows"
@@ -61,13 +61,13 @@ def read_json(path: Path, decoder: json.JSONDecoder | None = None) -> Iterator[t
         yield from numbered
 
 
-def text_of(record: Any, text_field: str, place: str) -> str | None:
+def text_of(record: Any, text_field: str, location: str) -> str | None:
     """Returns the text of a record, or None if it is null. If there is none under `text_field`, the UserError says what
     the record has instead.
     """
     if isinstance(record, dict) and text_field in record and isinstance(record[text_field], str | None):
         return record[text_field]
-    expected = f"{place}: expected an object with a text under {text_field!r}, but"
+    expected = f"{location}: expected an object with a text under {text_field!r}, but"
     if isinstance(record, list) and (is_chat(record) or (record and all(map(is_chat, record)))):
         raise UserError(f"{expected} this is a chat: a list of {len(record)}. {_READ_CHATS}")
     if is_chat([record]):
@@ -111,7 +111,7 @@ def _chat(record: dict[str, Any]) -> str:
     for key, turns in record.items():
         if is_chat(turns):
             speaker = turns[0].get("role", turns[0].get("from"))
-            return f"{key!r} has {len(turns)} turn{'s' * (len(turns) != 1)}, the first by {speaker!r}"
+            return f"{key!r} has {counted(len(turns), 'turn')}, the first by {speaker!r}"
         if key in CHAT_KEYS and isinstance(turns, (list, dict)):
             return f"{key!r} is {'a list' if isinstance(turns, list) else 'an object'} of {len(turns)}"
         if key in CHAT_KEYS and isinstance(turns, str):

@@ -128,8 +128,8 @@ def position_ids_of(starts: torch.Tensor) -> torch.Tensor | None:
     """
     if not starts[:, 1:].any():
         return None
-    place = torch.arange(starts.shape[1])
-    return place - (place * starts).cummax(dim=1).values
+    index = torch.arange(starts.shape[1])
+    return index - (index * starts).cummax(dim=1).values
 
 
 def recipe(config: Config, tokenizer_digest: str) -> Recipe:
@@ -243,7 +243,7 @@ def load_sequences(config: Config, split: str, tokenizer_digest: str) -> tuple[S
     require_same(
         "tokenizers",
         expected=tokenizer_digest,
-        found=manifest.tokenizer,
+        actual=manifest.tokenizer,
         between=f"the teacher and {folder}",
         remedy=f"make the sequences again with `{kinds.SEQUENCES.made_by}`",
     )

@@ -49,6 +49,12 @@ def current_rank() -> int:
     return int(text) if text.isdecimal() else 0
 
 
+def launched_ranks() -> int:
+    """Returns the number of ranks that the launcher started; 1 if it says none or what is not a number."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    return max(1, int(text)) if text.isdecimal() else 1
+
+
 def is_main_process() -> bool:
     """Returns True on rank 0, even before the process group exists."""
     return current_rank() == 0

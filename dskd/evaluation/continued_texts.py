@@ -17,6 +17,7 @@ import torch
 from dskd.artifacts.hashing import digest_of_json
 from dskd.artifacts.manifest import read_file, write_json
 from dskd.config import Config
+from dskd.console import markdown_table
 from dskd.corpus.tasks.prompts import Prompter
 from dskd.errors import UserError
 from dskd.evaluation.batching import padded
@@ -88,11 +89,11 @@ class Prompts:
             model_config = model.load_config()
             limit, size = position_limit(model_config), vocabulary_size(model_config)
             for number, request in enumerate(requests):
-                place = f"evaluation.prompts[{number}]"
-                require_known(request.tokens, size, model.tokenizer, f"{place} for {model.path}")
+                key = f"evaluation.prompts[{number}]"
+                require_known(request.tokens, size, model.tokenizer, f"{key} for {model.path}")
                 if limit is not None and len(request.tokens) + added > limit:
                     raise UserError(
-                        f"{place}: its {len(request.tokens)} tokens, with the chat template's, and the {added} of "
+                        f"{key}: its {len(request.tokens)} tokens, with the chat template's, and the {added} of "
                         f"evaluation.sample_tokens are more than the {limit} positions of {model.path}; shorten the "
                         "prompt, or lower evaluation.sample_tokens"
                     )
@@ -182,7 +183,8 @@ def write_continuations(
     columns[name] = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in continuations]
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     write_json(folder / CONTINUATIONS_TABLE, {"columns": list(columns), "data": rows})
-    (folder / CONTINUATIONS_TEXT).write_text(_as_markdown(list(columns), rows), encoding="utf-8")
+    text = markdown_table(list(columns), [[_cell(continuation) for continuation in row] for row in rows]) + "\n"
+    (folder / CONTINUATIONS_TEXT).write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -206,11 +208,6 @@ def parse_continuations(content: bytes) -> ContinuationTable:
     return ContinuationTable(of, of_texts)
 
 
-def _as_markdown(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *([_cell(text) for text in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def _cell(text: str) -> str:
-    """Returns the text as one cell of a Markdown table: bars, line breaks and tags in it are escaped or removed."""
-    return " ".join(html.escape(text, quote=False).replace("|", "\\|").split())
+    """Returns the text as one cell of a Markdown table: tags in it are escaped, and line breaks removed."""
+    return " ".join(html.escape(text, quote=False).split())

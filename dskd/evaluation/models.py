@@ -44,7 +44,7 @@ def candidates(config: Config, teacher: ModelFolder | None = None) -> list[Candi
             require_same(
                 "teachers",
                 expected=teacher.digest,
-                found=manifest.teacher,
+                actual=manifest.teacher,
                 between=f"{folder.path} and what is here now",
                 remedy=f"train and export it again, or remove {folder.path}",
             )

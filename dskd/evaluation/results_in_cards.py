@@ -58,7 +58,9 @@ def read_results(config: Config, run: str, export: Manifest) -> list[Result]:
             continue
         section = evaluation.in_card
         same = {
-            name: found[0] for name, found in measured.items() if found is not None and _data(found[1]) == _data(own[1])
+            name: result[0]
+            for name, result in measured.items()
+            if result is not None and _data(result[1]) == _data(own[1])
         }
         texts = {name: section.rows(values) for name, values in same.items()}
         rows = [(label, [of_model.get(label, "-") for of_model in texts.values()]) for label in texts[run]]

@@ -148,8 +148,8 @@ def check_prompts(config: Config, model: Candidate, prompter: Prompter, tasks: S
             continue
         for question in task.questions:
             tokens = prompter.tokens(prompter.text(question))
-            place = f"tasks.{task.name}: the prompt of {question.example.name!r} for {model.folder.path}"
-            require_known(tokens, vocab_size, prompter.tokenizer, place)
+            text_name = f"tasks.{task.name}: the prompt of {question.example.name!r} for {model.folder.path}"
+            require_known(tokens, vocab_size, prompter.tokenizer, text_name)
 
 
 def summary(config: Config, models: Sequence[str], tasks: Sequence[Task]) -> str:

@@ -20,13 +20,13 @@ class Teacher:
     vocab_size: int
 
 
-def open_teacher(config: Config, found: ModelFolder | None = None) -> Teacher:
-    """Opens the teacher of the experiment, or `found`, its folder, if it was found before.
+def open_teacher(config: Config, folder: ModelFolder | None = None) -> Teacher:
+    """Opens the teacher of the experiment, or `folder`, its folder, if it was found before.
 
     Raises:
         UserError: if it is missing or damaged.
     """
-    folder = found or find_teacher(config)
+    folder = folder or find_teacher(config)
     return Teacher(folder, folder.tokenizer, folder.load_config().vocab_size)
 
 

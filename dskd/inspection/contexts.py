@@ -31,7 +31,7 @@ def open_training_shards(config: Config, senses: Manifest) -> tuple[Path, Manife
     require_same(
         "sense dictionaries",
         expected=senses.digest,
-        found=manifest.inputs.get("senses"),
+        actual=manifest.inputs.get("senses"),
         between=f"{folder} and the sense dictionary that is here now",
         remedy=f"make the shards again with `{kinds.SHARDS.made_by}`",
     )

@@ -3,7 +3,7 @@
 import torch
 
 from dskd.config import Config
-from dskd.errors import UserError
+from dskd.errors import UserError, counted
 from dskd.inspection.artifacts import Teacher, open_teacher
 from dskd.inspection.tokens import token_texts
 from dskd.inspection.word import WordReport, inspect_word
@@ -19,13 +19,13 @@ _NEIGHBOURS, _CONTEXTS, _SCAN = 4, 1, 2000
 _LARGEST_SEARCH = 5 * 10**8  # elements of a dictionary that is searched for neighbours: a second or two
 
 
-def describe_examples(config: Config, found: ModelFolder | None = None) -> str:
+def describe_examples(config: Config, folder: ModelFolder | None = None) -> str:
     """Returns the senses of a few words as text, of those that :func:`choose_words` chooses.
 
-    `found` is the teacher, if it was found before. Returns an empty text if there is no such word. Raises a UserError
+    `folder` is the teacher, if it was found before. Returns an empty text if there is no such word. Raises a UserError
     without a dictionary or the teacher.
     """
-    teacher = open_teacher(config, found)
+    teacher = open_teacher(config, folder)
     dictionary, _ = load_fitting_dictionary(config, teacher.folder)
     words = choose_words(dictionary, teacher, _WORDS)
     is_small = dictionary.num_rows * dictionary.hidden_size <= _LARGEST_SEARCH
@@ -86,7 +86,7 @@ def _lines(report: WordReport) -> list[str]:
     lines = [f"{report.word}: {len(senses)} senses, of {sum(sense.count for sense in senses):,} states{shown}"]
     for sense in senses[:_SENSES]:
         near = ", ".join(f"{name}{f' ({relation})' if relation else ''}" for name, _, relation in sense.neighbours)
-        states = f"{sense.count:,} state{'s' * (sense.count != 1)}"
+        states = counted(sense.count, "state")
         lines.append(f"  {states}{f'; near {near}' if near else ''}")
         lines += [f"    {context}" for context in sense.contexts]
     return lines

@@ -67,7 +67,7 @@ def measure_geometry(dictionary: SenseDictionary, *, seed: int) -> dict[str, dic
     words = sorted(related.union(*(of[head] for of in neighbours for head in heads)))
     if not heads:
         return None
-    place = {word: number for number, word in enumerate(words)}
+    row_of = {word: number for number, word in enumerate(words)}
     centroids = _centroids(dictionary, words)
     generator = np.random.default_rng(seed)
     pool = np.array(sorted(related))
@@ -77,9 +77,9 @@ def measure_geometry(dictionary: SenseDictionary, *, seed: int) -> dict[str, dic
         synonyms, antonyms = (of[head] for of in neighbours)
         others = sorted(set(generator.choice(pool, min(OTHERS, len(pool)), replace=False).tolist()))
         others = [word for word in others if word not in {head, *synonyms, *antonyms}]
-        groups = [centroids[[place[word] for word in group]] for group in (synonyms, antonyms, others)]
+        groups = [centroids[[row_of[word] for word in group]] for group in (synonyms, antonyms, others)]
         for distance in DISTANCES:
-            near = [_distances(centroids[place[head]], group, distance) for group in groups]
+            near = [_distances(centroids[row_of[head]], group, distance) for group in groups]
             for name, (one, other) in zip(COMPARISONS, ((0, 1), (0, 2), (1, 2)), strict=True):
                 if len(near[other]):
                     shares[distance][name].append(_share_nearer(near[one], near[other]))

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from dskd.artifacts.files import save_figure
 from dskd.config import Config, Spacing, StudentConfig
 from dskd.console import table
-from dskd.errors import UserError
+from dskd.errors import UserError, counted
 from dskd.models.files.folder import find_teacher
 from dskd.students.measuring import measure_importance
 from dskd.students.spacing import Importance, as_text, choose_layers, num_removed_layers
@@ -82,15 +82,11 @@ def format_layers(student: StudentConfig, importance: Importance, choices: Mappi
             "",
             "Angles are those between the states that enter and leave layers, in half turns: means over "
             f"{importance.tokens:,} tokens of {importance.samples:,} training sequences.",
-            f"Of all blocks of {_layers(size)}, {block} the states least: {importance.blocks[best]:.4f}."
+            f"Of all blocks of {counted(size, 'layer')}, {block} the states least: {importance.blocks[best]:.4f}."
             + (f" With ends and importance, the teacher's last {stays} (student.train_layers)." if last else ""),
             f"This config chooses {chosen}: the teacher's layers {as_text(choices[chosen])}.",
         ]
     )
-
-
-def _layers(number: int) -> str:
-    return "1 layer" if number == 1 else f"{number} layers"
 
 
 def _removed(kept: Sequence[int], importance: Importance) -> float | None:

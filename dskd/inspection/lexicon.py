@@ -160,8 +160,8 @@ def format_lexicon(report: LexiconReport) -> str:
         lines += ["", _counts("negating affixes", numbers, "number")]
     if malformed := report.facts.get("malformed"):
         rows = [
-            [file, f"{found['lines']:,}", shortened(found["first"], total=found["lines"])]
-            for file, found in malformed.items()
+            [file, f"{skipped['lines']:,}", shortened(skipped["first"], total=skipped["lines"])]
+            for file, skipped in malformed.items()
         ]
         lines += ["", table(["malformed lines, skipped", "number", "at"], rows)]
     if report.coverage is not None:

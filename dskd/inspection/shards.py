@@ -11,7 +11,7 @@ import xxhash
 
 from dskd.artifacts import kinds
 from dskd.artifacts.hashing import hash_files
-from dskd.artifacts.manifest import Manifest, read_manifest
+from dskd.artifacts.manifest import NOT_AS_RECORDED, Manifest, read_manifest
 from dskd.artifacts.mds import HASH_OF_SAMPLES, INDEX, files_of, read_index
 from dskd.config import Config
 from dskd.console import gigabytes, progress_bar
@@ -78,9 +78,9 @@ def format_shards(checked: list[CheckedShards]) -> str:
 def _compare(folder: Path, manifest: Manifest, advance: Callable[[int], Any]) -> Iterator[str | None]:
     """Yields a line for each changed file or sample, and None for each unchanged file that has hashes of samples."""
     # The index comes first, because the other hashes are in it.
-    found = hash_files(folder, only={INDEX: {}})[INDEX]["sha256"]
-    if found != manifest.files[INDEX]["sha256"]:
-        yield f"{folder / INDEX}: the content is not what the manifest says, so the shards' hashes are unknown"
+    digest = hash_files(folder, only={INDEX: {}})[INDEX]["sha256"]
+    if digest != manifest.files[INDEX]["sha256"]:
+        yield f"{folder / INDEX}: {NOT_AS_RECORDED}, so the shards' hashes are unknown"
         return
     by_sample: dict[str, tuple[Mapping[str, Any], int]] = {}  # {file: its shard, number of samples before it}
     before = 0
@@ -96,7 +96,7 @@ def _compare(folder: Path, manifest: Manifest, advance: Callable[[int], Any]) ->
                 yield None
             continue
         if _sha256(folder / name, advance) != entry["sha256"]:
-            yield f"{folder / name}: the content is not what the manifest says"
+            yield f"{folder / name}: {NOT_AS_RECORDED}"
 
 
 def _compare_samples(

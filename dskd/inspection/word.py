@@ -12,7 +12,7 @@ from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest
 from dskd.config import Config
 from dskd.console import table
-from dskd.errors import UserError
+from dskd.errors import UserError, counted
 from dskd.inspection.artifacts import Teacher, note_lines, open_teacher, or_note
 from dskd.inspection.contexts import find_contexts, open_training_shards
 from dskd.inspection.neighbours import nearest_entries
@@ -204,7 +204,7 @@ def _head(word: str, tokens: tuple[int, ...], entries: Entries | None) -> str:
     numbers = {kind: len(entries.neighbours(kind).of(tokens[0])) for kind in RELATIONS}
     if not any(numbers.values()):
         return "no usable head: the sense dictionary has no synonym and no antonym of it"
-    counts = " and ".join(f"{number} {kind}{'s' * (number != 1)}" for kind, number in numbers.items())
+    counts = " and ".join(counted(number, kind) for kind, number in numbers.items())
     return f"a usable head: {counts} in the sense dictionary"
 
 
@@ -235,7 +235,7 @@ def _replaced(config: Config, word: str) -> str:
 def _unknown(word: str, near: tuple[str, ...], pieces: tuple[str, ...] | None) -> str:
     text = f"{word!r} is not in the lexicon"
     if pieces is not None:
-        made = f"{len(pieces)} token{'s' * (len(pieces) != 1)} of it ({' | '.join(pieces)})"
+        made = f"{counted(len(pieces), 'token')} of it ({' | '.join(pieces)})"
         text += f", and has no senses of its own: the tokenizer makes {made}"
     return text + (f"; near spellings: {', '.join(near)}" if near else "; no similar spelling")
 
@@ -245,7 +245,7 @@ def format_word(report: WordReport) -> str:
     lines = [report.word]
     if report.tokens is not None and report.pieces is not None:
         shown = ", ".join(f"{piece} ({token})" for piece, token in zip(report.pieces, report.tokens, strict=True))
-        lines.append(f"  {len(report.tokens)} token{'s' * (len(report.tokens) != 1)}: {shown}")
+        lines.append(f"  {counted(len(report.tokens), 'token')}: {shown}")
     if report.head is not None:
         lines.append(f"  {report.head}")
     lines += [f"  also a head when {form.replace('_', '-')} (token {token})" for form, token in report.forms]
@@ -282,7 +282,7 @@ def _sense_lines(report: WordReport) -> list[str]:
     total = sum(sense.count for sense in report.senses)
     lines = [f"Senses: {len(report.senses)}, of {total:,} states"]
     for sense in report.senses:
-        lines.append(f"  row {sense.row}: {sense.count:,} state{'s' * (sense.count != 1)}")
+        lines.append(f"  row {sense.row}: {counted(sense.count, 'state')}")
         if sense.neighbours:
             near = (f"{name} {far:.2f}{f' ({how})' if how else ''}" for name, far, how in sense.neighbours)
             lines.append(f"    near: {', '.join(near)}")

@@ -76,8 +76,8 @@ def read_morpholex(path: Path, report: Report) -> MorphoLex:
             if WORD not in header or SEGMENTATION not in header:
                 continue
             # Find the columns by the names in the first row, and read all rows before deciding if the sheet is good.
-            place = [None if cell is None else str(cell).strip() for cell in first]
-            columns = place.index(WORD), place.index(SEGMENTATION)
+            cells = [None if cell is None else str(cell).strip() for cell in first]
+            columns = cells.index(WORD), cells.index(SEGMENTATION)
             name, count = f"{path}[{sheet.title}]", 0
             entries = []
             for number, row in progress(rows, total=None, label=f"reading {path.name} {sheet.title}", unit="rows"):

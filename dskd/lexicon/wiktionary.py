@@ -84,11 +84,11 @@ def _relations(entry: dict[str, Any], dropped: Counter[str]) -> list[Relation]:
         raise MalformedError('its "senses" are not a list')
     relations = []
     losses: Counter[str] = Counter()
-    for place in (*senses, entry):
-        if not isinstance(place, dict):
+    for part in (*senses, entry):
+        if not isinstance(part, dict):
             raise MalformedError("one of its senses is not an object")
         for key, relation in _KEYS:
-            neighbours = place.get(key) or ()
+            neighbours = part.get(key) or ()
             if not isinstance(neighbours, list | tuple):
                 raise MalformedError(f'its "{key}" are not a list')
             for neighbour in neighbours:

@@ -80,10 +80,9 @@ def sense_loss(
             states = at_least_float32(hidden[at])
             rows = sense_rows[row_index.clamp(min=0)].to(states.dtype)
             distance = _distance(states, rows)
-            # `pull` and `push` are the weights of the rows in the two means; padding has weight 0.
-            near, far = exists[:, :pulling], exists[:, pulling:]
-            pull = near / near.sum(-1, keepdim=True).clamp(min=1)
-            push = far / far.sum(-1, keepdim=True).clamp(min=1)
+            # `pull` and `push` are the weights of the rows in the two means.
+            far = exists[:, pulling:]
+            pull, push = _weights_in_mean(exists[:, :pulling]), _weights_in_mean(far)
             # Antonyms push only within the margin: a hinge farther away is 0 and has no gradient.
             hinge = (margin - distance[:, pulling:]).clamp(min=0)
             active = far & (hinge > 0)
@@ -95,17 +94,37 @@ def sense_loss(
                     [attraction, (hinge * push).sum(), torch.zeros_like(attraction), active.sum(), far.sum()]
                 )
             if gradient is not None:
-                # The gradient for h is Σ_k w_k · 2(h - s_k) / D; w_k is the derivative for the distance of row k.
+                # The derivatives of the total for the distance of each row.
                 pulled = (1.0 if is_own else synonym_weight) * pull.to(states.dtype)
                 weights = torch.cat([pulled, -antonym_weight * (push * active).to(states.dtype)], dim=-1)
-                towards = torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
-                change = (states * weights.sum(-1, keepdim=True) - towards) * (2 * scale / hidden.shape[-1])
-                # Positions within a group are distinct, so plain indexing loses no update, and runs are reproducible
-                # because no atomic additions are needed.
-                gradient[at] = (gradient[at] + change).to(gradient.dtype)
+                _add_gradient(gradient, at, states, rows, weights, scale)
     synonym, antonym, own, active_hinges, hinges = sums
     total = synonym_weight * synonym + antonym_weight * antonym + own
     return SenseSums(total, synonym, antonym, own, active_hinges, hinges)
+
+
+def _weights_in_mean(exists: torch.Tensor) -> torch.Tensor:
+    """Returns the weight of each row [n, K] in the mean over those of a position that exist; padding has weight 0."""
+    return exists / exists.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _add_gradient(
+    gradient: torch.Tensor,
+    at: torch.Tensor,
+    states: torch.Tensor,
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    scale: float,
+) -> None:
+    """Adds the gradient for states [n, D], times `scale`, to the rows `at` [n] of `gradient`, which are distinct.
+
+    With weights w_k [n, K] of the distances to rows s_k [n, K, D] it is Σ_k w_k · 2(h - s_k) / D.
+    """
+    towards = torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
+    change = (states * weights.sum(-1, keepdim=True) - towards) * (2 * scale / states.shape[-1])
+    # Rows are distinct, so plain indexing loses no update, and runs are reproducible because no atomic additions are
+    # needed.
+    gradient[at] = (gradient[at] + change).to(gradient.dtype)
 
 
 def _distance(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

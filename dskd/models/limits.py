@@ -97,24 +97,24 @@ def check_new_tokens(key: str, new_tokens: int, folder: Path, model_config: Any)
         )
 
 
-def check_text(tokens: Sequence[int], model_config: Any, tokenizer: Any, place: str) -> None:
+def check_text(tokens: Sequence[int], model_config: Any, tokenizer: Any, text_name: str) -> None:
     """Refuses a text that has tokens that the model lacks, or more tokens than the model has positions.
 
     Args:
         tokens: the text's token ids.
         model_config: the model's config.
         tokenizer: the tokenizer that made the tokens.
-        place: what the text is, for messages.
+        text_name: what the text is, for messages.
 
     Raises:
         UserError: with the numbers of what does not fit.
     """
-    require_known(tokens, vocabulary_size(model_config), tokenizer, place)
+    require_known(tokens, vocabulary_size(model_config), tokenizer, text_name)
     limit = position_limit(model_config)
     if limit is not None and len(tokens) > limit:
         raise UserError(
-            f"{place}: it has {len(tokens)} tokens, which is more than the {limit} positions of the model; remove or "
-            "shorten it"
+            f"{text_name}: it has {len(tokens)} tokens, which is more than the {limit} positions of the model; remove "
+            "or shorten it"
         )
 
 

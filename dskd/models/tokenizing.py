@@ -104,25 +104,25 @@ class Tokenizing:
 
     def _cut(self, text: str, start: int, target: int) -> tuple[int, int] | None:
         """Returns where a piece ends and where the next one starts; None if every cut near `target` changes tokens."""
-        for place in _places(text, start, target):
-            left, right = text[max(start, place - _AROUND) : place], text[place : place + _AROUND]
+        for cut in _places(text, start, target):
+            left, right = text[max(start, cut - _AROUND) : cut], text[cut : cut + _AROUND]
             whole, head, tail = self._ids([left + right, left, right], special=False)
             if whole == head + tail:
-                return place, place
+                return cut, cut
             # Some tokenizers add a space before every text, which replaces the space at the cut.
             if right[0] == " " and whole == head + self._ids([right[1:]], special=False)[0]:
-                return place, place + 1
+                return cut, cut + 1
         return None
 
 
-def require_known(tokens: Sequence[int], vocab_size: int | None, tokenizer: Any, place: str) -> None:
+def require_known(tokens: Sequence[int], vocab_size: int | None, tokenizer: Any, text_name: str) -> None:
     """Checks that a model has all tokens of a text; anything passes if `vocab_size` is None.
 
     Args:
         tokens: token ids.
         vocab_size: number of tokens of the model.
         tokenizer: the tokenizer that made them.
-        place: what the text is, for the message.
+        text_name: what the text is, for the message.
 
     Raises:
         UserError: for a token whose id is not below `vocab_size`.
@@ -130,10 +130,10 @@ def require_known(tokens: Sequence[int], vocab_size: int | None, tokenizer: Any,
     if vocab_size is None or not len(tokens) or (largest := int(max(tokens))) < vocab_size:
         return
     raise UserError(
-        f"{place}: it has the token {tokenizer.convert_ids_to_tokens(largest)!r}, whose id is {largest}, but the model "
-        f"has {vocab_size} tokens (vocab_size), 0 to {vocab_size - 1}; use the tokenizer that belongs to the model, "
-        "give the model more embeddings (model.resize_token_embeddings(len(tokenizer))), or remove the token from the "
-        "text",
+        f"{text_name}: it has the token {tokenizer.convert_ids_to_tokens(largest)!r}, whose id is {largest}, but the "
+        f"model has {vocab_size} tokens (vocab_size), 0 to {vocab_size - 1}; use the tokenizer that belongs to the "
+        "model, give the model more embeddings (model.resize_token_embeddings(len(tokenizer))), or remove the token "
+        "from the text",
     )
 
 
@@ -169,13 +169,13 @@ def answer_end(tokenizer: Any) -> int | None:
 def _places(text: str, start: int, target: int) -> Iterator[int]:
     """Yields places to cut at, at or before `target`: first spaces, where most tokenizers begin a word, then any."""
     lowest = max(start + 1, target - PIECE_CHARACTERS // 2)
-    place = target
+    space = target
     for _ in range(_TRIES):
-        place = text.rfind(" ", lowest, place)
-        if place < 0:
+        space = text.rfind(" ", lowest, space)
+        if space < 0:
             break
-        if not text[place - 1].isspace() and text[place + 1 : place + 2].isalnum():
-            yield place
+        if not text[space - 1].isspace() and text[space + 1 : space + 2].isalnum():
+            yield space
     yield from range(target, max(lowest, target - _TRIES), -1)
 
 

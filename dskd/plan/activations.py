@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from dskd.config import LossConfig, StudentConfig
 from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
@@ -38,12 +39,13 @@ class Batch:
     size: int  # B
     length: int  # T
     is_packed: bool  # sequences contain several documents, and attention has a mask
-    sense_positions: int  # number of relation positions, and also of own positions
+    sense_positions: int  # number of relation positions, and also of own positions; with `candidates`, of both together
     sense_rows: int  # R, number of distinct rows
     kappa: int
     teacher_top_n: int  # tokens per position of a cached teacher, otherwise 0
     state_columns: tuple[str, ...] = ()  # columns of states that the loader reads from the shards
     draws_targets: bool = False  # CE, KL and hidden-state distance are computed at a share of the positions
+    candidates: tuple[int, int] | None = None  # C rows of each sense position and S of all, with that form of the loss
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,10 @@ def student_activations(
     """
     way, model = _build(architecture, layers, trunk)
     with without_values(architecture):
+        # The models, built as training builds them, but without values.
         causal_lm = materialize(model, dtype)
         choose_trained(causal_lm, student, first_layer=trunk)
-        if checkpointing:
-            causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        causal_lm.train(checkpointing)  # only if needed: there is no dropout, but some models draw random numbers
+        _set_checkpointing(causal_lm, checkpointing)
         base, output = base_model(causal_lm), causal_lm.get_output_embeddings().weight
         hidden_size = teacher_matrix[1]  # of all that comes with a batch, and of a trunk
         copy = torch.empty(teacher_matrix, dtype=dtype) if has_copy else None
@@ -122,13 +123,9 @@ def student_activations(
         with LiveBytes() as live:
             shape = batch.size, batch.length
             with live.uncounted():  # dskd.plan.memory counts the loader's batches
-                loaded = loaded_tensors(batch, hidden_size, dtype)
-                loaded.pop("drawn_targets", None)  # `_HeadOfOneChunk` knows how many can be drawn
-                # If the device holds all rows of the dictionary, one of them represents all.
-                if "senses" in loaded:
-                    loaded["senses"].setdefault("sense_rows", torch.empty(1, hidden_size, dtype=torch.bfloat16))
+                loaded = _loaded_for_one_chunk(batch, hidden_size, dtype)
             loaded.pop("input_ids"), loaded.pop("position_ids", None)
-            # The teacher's states and the student's inputs are held until the backward pass is over.
+            # The forward pass. The teacher's states and the student's inputs are held until the backward pass is over.
             teacher_hidden, states = (loaded.pop(column, None) for column in (TEACHER_STATES, TRUNK_STATES))
             if with_teacher and teacher_hidden is None:
                 teacher_hidden = torch.empty(*shape, hidden_size, dtype=dtype)
@@ -138,14 +135,15 @@ def student_activations(
                 inputs = {"input_ids": torch.empty(*shape, dtype=torch.int64)}
             hidden = base(**inputs, use_cache=False, **_mask(batch, way)).last_hidden_state
             kept, forward = live.now, live.restart_peak()
+            # The loss.
             mapped = None if width_map is None else width_map(hidden)
             loaded |= {"teacher_hidden": teacher_hidden, "mapped": mapped}
             total, sums = head(hidden, normalizers=Normalizers(1.0, 1.0), **loaded)
             of_loss = live.restart_peak()
+            # The backward pass.
             del hidden, mapped, inputs, states
-            for parameter in (*causal_lm.parameters(), *(() if width_map is None else width_map.parameters())):
-                if parameter.requires_grad:  # DeepSpeed moves each gradient into its bucket as soon as it exists
-                    parameter.register_post_accumulate_grad_hook(_drop_gradient)
+            for module in (causal_lm, width_map):
+                _drop_gradients(module)
             total.backward()
             backward = live.restart_peak()
             del total, sums, teacher_hidden, loaded
@@ -166,6 +164,29 @@ class _HeadOfOneChunk(DistillationHead):
     def chunks(self, count: int) -> list[slice]:
         """Returns the first chunk."""
         return super().chunks(count)[:1]
+
+
+def _set_checkpointing(causal_lm: Any, checkpointing: bool) -> None:
+    if checkpointing:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    causal_lm.train(checkpointing)  # only if needed: there is no dropout, but some models draw random numbers
+
+
+def _loaded_for_one_chunk(batch: Batch, hidden_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns what the loader brings, as :class:`_HeadOfOneChunk` takes it."""
+    loaded = loaded_tensors(batch, hidden_size, dtype)
+    loaded.pop("drawn_targets", None)  # that head knows how many can be drawn
+    # If the device holds all rows of the dictionary, one of them represents all.
+    if "senses" in loaded:
+        loaded["senses"].setdefault("sense_rows", torch.empty(1, hidden_size, dtype=torch.bfloat16))
+    return loaded
+
+
+def _drop_gradients(module: nn.Module | None) -> None:
+    """Drops each gradient as soon as it exists, when DeepSpeed moves it into its bucket."""
+    for parameter in () if module is None else module.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:
@@ -200,7 +221,14 @@ def loaded_tensors(batch: Batch, hidden_size: int, dtype: torch.dtype) -> dict[s
         loaded["drawn_targets"] = torch.ones(shape, dtype=torch.bool)
     if batch.is_packed:
         loaded["position_ids"] = torch.zeros(shape, dtype=torch.int64)
-    if positions:
+    if positions and batch.candidates is not None:
+        of_each, of_all = batch.candidates
+        loaded["senses"] = {
+            "positions": torch.zeros(positions, dtype=torch.int64),
+            "candidate_rows": torch.zeros(positions, of_each, dtype=torch.int64),
+            "random_rows": torch.zeros(of_all, dtype=torch.int64),
+        }
+    elif positions:
         loaded["senses"] = {
             **{name: torch.zeros(positions, dtype=torch.int64) for name in ("relation_positions", "own_positions")},
             **{
@@ -208,8 +236,8 @@ def loaded_tensors(batch: Batch, hidden_size: int, dtype: torch.dtype) -> dict[s
                 for name in ("synonym_rows", "antonym_rows", "own_rows")
             },
         }
-        if batch.sense_rows:
-            loaded["senses"]["sense_rows"] = torch.empty(batch.sense_rows, hidden_size, dtype=torch.bfloat16)
+    if "senses" in loaded and batch.sense_rows:
+        loaded["senses"]["sense_rows"] = torch.empty(batch.sense_rows, hidden_size, dtype=torch.bfloat16)
     if batch.teacher_top_n:
         loaded["teacher_cache"] = {
             "token_ids": torch.zeros(*shape, batch.teacher_top_n, dtype=torch.int32),

@@ -199,8 +199,8 @@ def _require_decoder(values: dict[str, Any], where: str) -> None:
         named = [name for name in (key, aliases.get(key, key)) if name in values]
         value = values[named[0]] if named else None
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            found = f"found {value!r}" if named else "it is missing"
-            problems.append(f"{key}: expected a number, 1 or more; {found}")
+            finding = f"found {value!r}" if named else "it is missing"
+            problems.append(f"{key}: expected a number, 1 or more; {finding}")
     if problems:
         raise UserError(listed(f"{where} is not the config.json of a decoder", problems))
 

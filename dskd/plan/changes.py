@@ -63,18 +63,18 @@ def candidates(plan: Plan) -> list[Change]:
     if not train.activation_checkpointing:
         changes.append(Change(("train.activation_checkpointing=true",)))
     if loads_teacher(plan.config):
-        places = []
+        offloads = []
         if teacher.mode == "resident":
-            places = [("none", "teacher.mode=zero3"), ("cpu", "teacher.mode=zero3"), ("nvme", "teacher.mode=zero3")]
+            offloads = [("none", "teacher.mode=zero3"), ("cpu", "teacher.mode=zero3"), ("nvme", "teacher.mode=zero3")]
         elif plan.cluster.device == "cuda":
             order = ["none", "cpu", "nvme"]
             # If only the host's memory is too small, go the other way: offload less, or to disk.
             others = order[order.index(teacher.offload) + 1 :] if plan.too_large_for_gpus else ["none", "nvme"]
-            places = [(place, "") for place in others if place != teacher.offload]
-        for place, mode in places:
-            where = ("teacher.nvme_path=/local/dskd",) if place == "nvme" and teacher.nvme_path is None else ()
-            away = ("teacher.nvme_path=null",) if place != "nvme" and teacher.nvme_path is not None else ()
-            changes.append(Change((*([mode] if mode else []), f"teacher.offload={place}", *where, *away)))
+            offloads = [(offload, "") for offload in others if offload != teacher.offload]
+        for offload, mode in offloads:
+            where = ("teacher.nvme_path=/local/dskd",) if offload == "nvme" and teacher.nvme_path is None else ()
+            away = ("teacher.nvme_path=null",) if offload != "nvme" and teacher.nvme_path is not None else ()
+            changes.append(Change((*([mode] if mode else []), f"teacher.offload={offload}", *where, *away)))
         if plan.comparison is not None:
             changes.append(stored_states(plan.comparison.columns, teacher.mode))
         sizes = {each.values()["vocab_size"] for each in (plan.architecture, plan.student.architecture)}

@@ -15,31 +15,29 @@ from dskd.config import Config
 from dskd.losses.head import HeadSizes
 from dskd.models.checks.head_probe import declared_transform
 from dskd.models.running.nvme import BUFFERS, buffer_numel
-from dskd.models.structure.causal_lm import PERSISTENT_WIDTHS, SUB_GROUP
+from dskd.models.structure.causal_lm import PERSISTENT_WIDTHS
 from dskd.plan import GB
-from dskd.plan.activations import Batch, loaded_tensors, student_activations, teacher_activations
+from dskd.plan.activations import Activations, Batch, loaded_tensors, student_activations, teacher_activations
 from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import Gathered, gather
 from dskd.plan.shapes import Shapes, Student
 from dskd.plan.stored import columns_read, loads_teacher, reads_states
+from dskd.plan.student_memory import student_bytes
 from dskd.senses.dictionary import VALUE_BYTES
 from dskd.shards import TRUNK_STATES
 from dskd.shards.blocks import SAMPLES_PER_SHARD
 from dskd.training.checkpoints.writing import EXPORTED_BYTES
+from dskd.training.data.distribution_candidates import most_candidates
 from dskd.training.data.loader import COMPLETED_STEPS, PREFETCHED_STEPS
 from dskd.training.data.positions import SensePositions
 from dskd.training.data.sense_bank import bank_is_on_device
-from dskd.training.models.student import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, REDUCE_BUCKET
 from dskd.training.models.teacher_source import TeacherSource
 
 # Memory of a process in addition to tensors, which is assumed, not counted: on a GPU the contexts of CUDA and NCCL, and
 # fragmented memory that the allocator cannot use; in the host's memory Python, torch and DeepSpeed.
 RESERVED_ON_GPU = 2 * GB
 RESERVED_ON_HOST = 2 * GB
-# Bytes that the optimizer's step needs for an element: a copy of its gradient and, on a GPU, AdamW's two intermediate
-# results; on a CPU AdamW is fused.
-_STEP = {"cuda": GRADIENT_BYTES + MOMENT_BYTES, "cpu": GRADIENT_BYTES}
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,11 @@ def batch_of(config: Config, micro_batch_size: int, *, relations: float, trunk: 
     loss, kappa, length = config.loss, config.annotation.kappa, config.corpus.sequence_length
     lexical = min(length, round(relations * length))
     positions = SensePositions.of(loss, seed=0).number(lexical) * micro_batch_size if loss.reads("sense_rows") else 0
-    rows = 3 * positions * kappa  # synonyms, antonyms and own rows, if all are distinct
+    rows, candidates = 3 * positions * kappa, None  # synonyms, antonyms and own rows, if all are distinct
+    if loss.reads("candidate_rows"):
+        candidates = most_candidates(loss, kappa)
+        positions *= 2  # a term at each position that is drawn for its relations or for its own rows
+        rows = positions * candidates[0] + candidates[1]
     return Batch(
         micro_batch_size,
         length,
@@ -89,6 +91,7 @@ def batch_of(config: Config, micro_batch_size: int, *, relations: float, trunk: 
         config.annotation.teacher_top_n if TeacherSource.planned(config).kind == "top_n" else 0,
         columns_read(config, trunk),
         loss.position_share < 1,
+        candidates,
     )
 
 
@@ -121,82 +124,39 @@ def compute_memory(
     embeddings. `relations` is the share of targets that have a synonym or an antonym, and `bank_rows` the number of
     rows in the sense dictionary.
     """
-    ranks, dtype = cluster.world_size, cluster.dtype(config.precision)
-    size, values, of_student = dtype.itemsize, architecture.values(), student.architecture.values()
-    hidden_size = values["hidden_size"]
-    with_teacher = loads_teacher(config)
+    dtype = cluster.dtype(config.precision)
+    size, hidden_size, with_teacher = dtype.itemsize, architecture.values()["hidden_size"], loads_teacher(config)
     batch = batch_of(config, micro_batch_size, relations=relations, trunk=student.trunk)
-    persistent = PERSISTENT_WIDTHS * hidden_size
-    activations = student_activations(
-        student.architecture,
-        tuple(student.layers),
-        student.trunk,
-        config.student,
-        config.loss,
-        batch,
-        dtype,
-        sizes=HeadSizes.of(config.train.loss_chunk_size, of_student["vocab_size"], torch.device(cluster.device)),
-        checkpointing=config.train.activation_checkpointing,
-        with_teacher=with_teacher or reads_states(config),
-        teacher_matrix=(values["vocab_size"], hidden_size),
-        has_copy=student.teacher_matrix > 0,
-        teacher_transform=declared_transform(architecture.load_config()),
-    )
+    activations = _activations(config, cluster, architecture, student, batch)
     of_teacher = teacher_activations(architecture, _only_text(batch), dtype) if with_teacher else 0
-
     # The teacher: what a rank holds all the time, and what is gathered while it runs.
     held, host_teacher, gathered = 0, 0, None
     if with_teacher:
-        held, host_teacher, gathered = _teacher(config, cluster, teacher, size, persistent)
+        held, host_teacher, gathered = _teacher(config, cluster, teacher, size, PERSISTENT_WIDTHS * hidden_size)
     teacher_live = _live(gathered.forward if gathered else 0, size, config, cluster)
+    of_student = student_bytes(cluster, student, size)
+    of_batches, prefetched = _batches(config, cluster, batch, hidden_size, accumulation_steps, bank_rows)
 
-    # The student: a rank's shares, the small weights that stay gathered, and what is gathered in each phase. A single
-    # rank gathers nothing.
-    shapes = student.shapes
-    trained, share = shapes.trained_numel, shapes.share(ranks, trained_only=True)
-    student_held = size * (shapes.share(ranks) + -(-student.teacher_matrix // ranks))
-    is_gloo = cluster.device == "cpu"
-    small = PERSISTENT_WIDTHS * of_student["hidden_size"]
-    student_gathered = gather(shapes, persistent=small, backward=True, is_gloo=is_gloo)
-    if ranks > 1:
-        student_held += size * shapes.persistent(small)
-    each = size * (ranks > 1)
-    copy = each * student.teacher_matrix  # the teacher's output matrix, if the student's differs from it
-    along = [each * elements for elements in student_gathered.along]
-    # Activations grow from module to module while prefetched weights are released, so the peak can be at any module.
-    forward = max(elements + activations.forward * (number + 1) // len(along) for number, elements in enumerate(along))
-    at_turn, backward = each * student_gathered.at_turn + copy, each * student_gathered.backward + copy
-    # The optimizer's share, and the bucket in which DeepSpeed collects gradients.
-    optimizer = (MASTER_BYTES + MOMENT_BYTES + GRADIENT_BYTES) * share + REDUCE_BUCKET * size
-    # A full bucket is copied to be summed over ranks, except by the only rank on a CPU. A gradient that is larger than
-    # the bucket is held separately.
-    flushed = min(trained, REDUCE_BUCKET) * (each if is_gloo else size)
-    over = max((w.numel for w in shapes.weights if w.is_trained and w.numel > REDUCE_BUCKET), default=0) * size
-    is_flushed_early = trained > REDUCE_BUCKET
-    of_update = _STEP[cluster.device] * min(share, SUB_GROUP)
-
-    # Batches: a GPU holds two copies of the loader's data for a step, and the whole bank of sense rows if it is there.
-    senses, states, rest = (part * accumulation_steps for part in batch_bytes(batch, hidden_size, dtype))
-    bank = bank_rows * hidden_size * VALUE_BYTES if bank_is_on_device(config) else 0
-    on_gpu = cluster.device == "cuda"
-    copies = 2 if on_gpu else 0  # of this step and the next; without a GPU they stay in the host's memory
-    of_batches = {"senses": senses * copies + (bank if on_gpu else 0), "batches": (states + rest) * copies}
-    static = held + student_held + optimizer + sum(of_batches.values())
-    # What each phase holds in addition to all that is always there; the largest decides the peak.
+    static = held + of_student.held + of_student.optimizer + sum(of_batches.values())
+    # What each phase holds in addition to all that is always there; the largest decides the peak. Activations grow from
+    # module to module while prefetched weights are released, so the peak of a forward pass can be at any module.
+    along = of_student.along
     phase_bytes = {
         "the teacher's forward pass": teacher_live + of_teacher,
-        "the student's forward pass": forward,
-        "the loss": at_turn + activations.kept + activations.loss,
-        "the backward pass": backward + activations.backward + (flushed + over if is_flushed_early else over),
-        "the sum over ranks": backward + flushed + over,
-        "the optimizer's step": of_update,
+        "the student's forward pass": max(
+            elements + activations.forward * (number + 1) // len(along) for number, elements in enumerate(along)
+        ),
+        "the loss": of_student.at_turn + activations.kept + activations.loss,
+        "the backward pass": of_student.during_backward + activations.backward,
+        "the sum over ranks": of_student.during_sum,
+        "the optimizer's step": of_student.update,
     }
     moment = max(phase_bytes, key=phase_bytes.__getitem__)
-    reserved = RESERVED_ON_GPU if on_gpu else RESERVED_ON_HOST
+    reserved = RESERVED_ON_GPU if cluster.device == "cuda" else RESERVED_ON_HOST
     gpu = Parts(
         teacher=held + teacher_live,
-        student=student_held + max(*along, at_turn, backward),
-        optimizer=optimizer + max(of_update, flushed + over),
+        student=of_student.most_weights,
+        optimizer=of_student.most_of_optimizer,
         activations=max(of_teacher, activations.forward, activations.backward),
         loss=activations.loss,
         **of_batches,
@@ -204,13 +164,51 @@ def compute_memory(
         peak=static + phase_bytes[moment] + reserved,
         peak_moment=moment,
     )
-    # The host: steps that workers have prepared, without states and sense rows, and whole steps, from which a GPU's are
-    # copied.
+    return Memory(gpu, _host(cluster, gpu, host_teacher, prefetched, student.shapes.trained_numel))
+
+
+def _activations(
+    config: Config, cluster: Cluster, architecture: Architecture, student: Student, batch: Batch
+) -> Activations:
+    """Measures the student's activations; `architecture` is the teacher's."""
+    of_teacher, of_student = architecture.values(), student.architecture.values()
+    return student_activations(
+        student.architecture,
+        tuple(student.layers),
+        student.trunk,
+        config.student,
+        config.loss,
+        batch,
+        cluster.dtype(config.precision),
+        sizes=HeadSizes.of(config.train.loss_chunk_size, of_student["vocab_size"], torch.device(cluster.device)),
+        checkpointing=config.train.activation_checkpointing,
+        with_teacher=loads_teacher(config) or reads_states(config),
+        teacher_matrix=(of_teacher["vocab_size"], of_teacher["hidden_size"]),
+        has_copy=student.teacher_matrix > 0,
+        teacher_transform=declared_transform(architecture.load_config()),
+    )
+
+
+def _batches(
+    config: Config, cluster: Cluster, batch: Batch, hidden_size: int, accumulation_steps: int, bank_rows: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Returns the bytes of batches and sense rows on a GPU, and those that a rank's loader holds in the host's memory.
+
+    A GPU holds two copies of the loader's data for a step, and the whole bank of sense rows if it is there. The host
+    holds steps that workers have prepared, without states and sense rows, and whole steps, from which a GPU's are
+    copied.
+    """
+    sizes = batch_bytes(batch, hidden_size, cluster.dtype(config.precision))
+    senses, states, rest = (part * accumulation_steps for part in sizes)
+    on_gpu = cluster.device == "cuda"
+    bank = bank_rows * hidden_size * VALUE_BYTES if on_gpu and bank_is_on_device(config) else 0
+    copies = 2 if on_gpu else 0  # of this step and the next; without a GPU they stay in the host's memory
     prepared = PREFETCHED_STEPS * max(1, config.train.num_workers)
     completed = COMPLETED_STEPS if on_gpu or states or senses else 0
-    prefetched = {"senses": senses * completed, "batches": rest * prepared + (states + rest) * completed}
-    host = _host(cluster, gpu, host_teacher, prefetched, trained)
-    return Memory(gpu, host)
+    return (
+        {"senses": senses * copies + bank, "batches": (states + rest) * copies},
+        {"senses": senses * completed, "batches": rest * prepared + (states + rest) * completed},
+    )
 
 
 def gather_models(

@@ -40,6 +40,7 @@ class Plan:
     memory: Memory
     before: tuple[StageMemory, ...]
     is_annotated: bool  # the shards exist, so the stages before training are done
+    is_outdated: bool  # the shards exist, and hold other data of the teacher than the plan counts with
     speed: Speed
     comparison: (
         StatesComparison | None
@@ -133,9 +134,10 @@ def make_plan(
     )
     disk = compute_disk(config, cluster, architecture, teacher, student, samples=samples, steps=steps)
     before = stages_before(config, cluster, architecture, teacher, states=disk.states, rows=disk.senses)
+    is_annotated = shards is not None and _are_current(shards, config, to_store)
     return Plan(
         config, cluster, architecture, teacher, student, **batches, samples=samples, steps=steps, memory=memory,
-        before=before, is_annotated=shards is not None and _are_current(shards, config, to_store), speed=speed,
+        before=before, is_annotated=is_annotated, is_outdated=shards is not None and not is_annotated, speed=speed,
         comparison=comparison, disk=disk, writing=plan_writing(config, cluster, architecture, teacher),
     )  # fmt: skip
 

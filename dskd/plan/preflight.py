@@ -210,7 +210,7 @@ def _check_storage(config: Config, world: World) -> list[str]:
             if token is not None:
                 (folder / f"rank-{world.rank}").touch()
             # Rank 0 could not make the folder. If other ranks can write there, the fault is that of rank 0's node.
-            elif not ((place := nearest_existing(config.path())).is_dir() and os.access(place, os.W_OK)):
+            elif not ((parent := nearest_existing(config.path())).is_dir() and os.access(parent, os.W_OK)):
                 problem = f"{config.path()}: cannot write there; {_SHARED}"
         except OSError as error:
             problem = f"{config.path()} is not the folder that rank 0 writes to ({error.strerror}); {_SHARED}"

@@ -1,7 +1,9 @@
 """Formatting a plan as text."""
 
+from dskd.artifacts import kinds
 from dskd.config import TRUNK_IS_OFF, Config
 from dskd.console import table
+from dskd.errors import counted
 from dskd.plan import GB
 from dskd.plan.changes import Change, stored_states
 from dskd.plan.plan import Plan
@@ -265,6 +267,11 @@ def _stages(plan: Plan) -> str:
     what = "a GPU" if plan.cluster.device == "cuda" else "a rank"
     rows = [[stage.name, _gb(stage.gpu), _gb(stage.host)] for stage in plan.before]
     text = table(("the stages before, at most, GB", what, "a host"), rows)
+    if plan.is_outdated:
+        return (
+            f"{text}\nThe shards in the work directory hold other data of the teacher than this plan counts with, so "
+            f"make them again\nwith `{kinds.SHARDS.made_by}`."
+        )
     return f"{text}\nThey are done: the shards exist." if plan.is_annotated else text
 
 
@@ -304,4 +311,4 @@ def _hours(hours: float) -> str:
 
 def _count(number: int, what: str) -> str:
     head, _, rest = what.partition(" ")
-    return f"{number} {head}{'s' * (number != 1)}{f' {rest}' if rest else ''}"
+    return f"{counted(number, head)}{f' {rest}' if rest else ''}"

@@ -85,12 +85,12 @@ def assemble(
         step = max(1, _CHUNK_BYTES // (2 * hidden_size))
         for part in maps:
             sizes = torch.from_numpy(np.array(part["sizes"]))
-            place = ranges(token_offsets[torch.from_numpy(np.array(part["tokens"]))], sizes).numpy()
-            whole["counts"][place] = part["counts"][: len(place)]
-            for first in range(0, len(place), step):
+            rows = ranges(token_offsets[torch.from_numpy(np.array(part["tokens"]))], sizes).numpy()
+            whole["counts"][rows] = part["counts"][: len(rows)]
+            for first in range(0, len(rows), step):
                 chunk = slice(first, first + step)
-                whole["vectors"][place[chunk]] = part["vectors"][: len(place)][chunk]
-                bar.update(len(place[chunk]))
+                whole["vectors"][rows[chunk]] = part["vectors"][: len(rows)][chunk]
+                bar.update(len(rows[chunk]))
         # Compose the spans from the tokens' rows that were just written.
         counts = torch.from_numpy(np.array(whole["counts"]))
         first = int(token_offsets[-1])

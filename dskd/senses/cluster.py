@@ -56,8 +56,8 @@ def cluster(
 
     # Tokens with no more states than senses: copy the states.
     few = (numbers == sizes).nonzero().squeeze(-1)
-    place, rows = ranges(offsets[few], sizes[few]), ranges(states.offsets[few], sizes[few])
-    vectors[place], counts[place] = states.states[rows], weights[rows]
+    targets, rows = ranges(offsets[few], sizes[few]), ranges(states.offsets[few], sizes[few])
+    vectors[targets], counts[targets] = states.states[rows], weights[rows]
 
     # All other tokens: k-means, for groups of tokens that have equal k and about the same number of states. The states
     # of each token are padded to `width`; padding has weight 0.
@@ -75,9 +75,9 @@ def cluster(
             restarts=settings.restarts,
             max_iterations=settings.max_iterations,
         )
-        place = ranges(offsets[chosen], sizes[chosen])
-        vectors[place] = clusters.centers.flatten(0, 1).to(torch.bfloat16).cpu()
-        counts[place] = clusters.counts.flatten().cpu()
+        targets = ranges(offsets[chosen], sizes[chosen])
+        vectors[targets] = clusters.centers.flatten(0, 1).to(torch.bfloat16).cpu()
+        counts[targets] = clusters.counts.flatten().cpu()
     # A token with fewer distinct states than clusters has empty clusters: drop them.
     used = counts > 0
     if not used.all():

@@ -52,6 +52,6 @@ def padded_ranges(starts: torch.Tensor, sizes: torch.Tensor, width: int) -> tupl
 
     Also returns a mask [n, width] of these integers. The others are 0, so that the table can be used as an index.
     """
-    place = torch.arange(width, device=starts.device)
-    exists = place < sizes.unsqueeze(-1)
-    return torch.where(exists, starts.unsqueeze(-1) + place, 0), exists
+    index = torch.arange(width, device=starts.device)
+    exists = index < sizes.unsqueeze(-1)
+    return torch.where(exists, starts.unsqueeze(-1) + index, 0), exists

@@ -145,11 +145,11 @@ def require_fitting(dictionary: SenseDictionary, manifest: Manifest, teacher: Mo
             f"states have {hidden_size}; {remedy}"
         )
     between = f"{dictionary.path.parent} and the teacher"
-    for what, expected, found in (
+    for what, expected, actual in (
         ("tokenizers", teacher.tokenizer_digest, manifest.tokenizer),
         ("teachers", teacher.digest, manifest.teacher),
     ):
-        require_same(what, expected=expected, found=found, between=between, remedy=remedy)
+        require_same(what, expected=expected, actual=actual, between=between, remedy=remedy)
 
 
 def map_vectors(path: Path) -> np.ndarray:

@@ -82,11 +82,11 @@ class Reservoir:
                 if self._size > _SPILL_SHARE * len(self._tokens):
                     self._spill()
             stop = min(len(tokens), start + len(self._tokens) - self._size)
-            place = slice(self._size, self._size + stop - start)
-            self._tokens[place] = tokens[start:stop]
-            self._priorities[place] = priorities[start:stop]
-            self._states[place] = states[start:stop].to(torch.bfloat16)
-            self._size, start = place.stop, stop
+            slots = slice(self._size, self._size + stop - start)
+            self._tokens[slots] = tokens[start:stop]
+            self._priorities[slots] = priorities[start:stop]
+            self._states[slots] = states[start:stop].to(torch.bfloat16)
+            self._size, start = slots.stop, stop
 
     def flush(self) -> list[str]:
         """Writes everything to disk, and returns the names of the runs that together hold the sample.
@@ -116,9 +116,9 @@ class Reservoir:
         step = max(1, _CHUNK_BYTES // (2 * self._hidden_size))
         for first in range(0, len(rows), step):
             source = rows[first : first + step]  # ascending, and never before their new place, so no row is overwritten
-            place = slice(first, first + len(source))
+            slots = slice(first, first + len(source))
             for tensor in (self._tokens, self._priorities, self._states):
-                tensor[place] = tensor[source]
+                tensor[slots] = tensor[source]
         self._size = len(rows)
 
     def _spill(self) -> None:
@@ -170,8 +170,8 @@ class Reservoir:
 
     def _learn_thresholds(self, tokens: torch.Tensor, priorities: torch.Tensor) -> None:
         """Lowers a token's threshold to its max_states-th priority; expects states sorted by token, then priority."""
-        place = _place_in_token(tokens)
-        full = place == self._max_states - 1
+        index_in_token = _place_in_token(tokens)
+        full = index_in_token == self._max_states - 1
         bounded = tokens[full]
         self._thresholds[bounded] = torch.minimum(self._thresholds[bounded], priorities[full])
 

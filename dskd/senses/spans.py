@@ -43,10 +43,10 @@ def compose_spans(
         total = read_rows(rows)  # [S, k, D], the sum of the rows so far
         states = counts[rows]
         parts = torch.ones(len(spans), 1, 1)
-        for place in range(1, spans.shape[1]):
+        for column in range(1, spans.shape[1]):
             # The senses of the next token, for the spans that have one.
-            present = spans[:, place] >= 0
-            tokens = spans[:, place].clamp(min=0)
+            present = spans[:, column] >= 0
+            tokens = spans[:, column].clamp(min=0)
             rows, candidates = padded_ranges(offsets[tokens], numbers[tokens], k)
             # Find the sense nearest to each mean, exactly: without the product form, which loses digits.
             vectors = read_rows(rows)

@@ -20,7 +20,6 @@ any number of ranks writes the same files, and a resumed run keeps the blocks wr
 """
 
 from collections import Counter
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -182,7 +181,7 @@ def _annotate_split(
         barrier()
         text = inputs.text.files[sequences.path.name]["sha256"]
         if stored is not None:
-            building.facts["stored"] = asdict(stored)
+            building.facts["stored"] = stored.as_facts()
         with report_full_disk(building.folder):
             on_main(lambda: _publish(building, blocks, text))
 

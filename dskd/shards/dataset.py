@@ -130,7 +130,7 @@ class _MappedShard(MDSReader):
         Raises:
             ValueError: if its bytes are not what the index says.
         """
-        data, place = self._find(idx)
+        data, in_file = self._find(idx)
         sample: dict[str, Any] = {}
         states: dict[str, tuple[int, int]] = {}
         # The sizes of all columns come first, uint32. Each column begins with a byte, which gives the number of its
@@ -149,7 +149,7 @@ class _MappedShard(MDSReader):
                 )
             if name in (TEACHER_STATES, TRUNK_STATES):
                 states[name] = (begin, array.nbytes)
-        return {**sample, "in_file": replace(place, states=states)} if states else sample
+        return {**sample, "in_file": replace(in_file, states=states)} if states else sample
 
     def get_sample_data(self, idx: int) -> Any:
         """Returns the bytes of a sample, as a view.
@@ -165,6 +165,6 @@ class _MappedShard(MDSReader):
         # A shard begins with its number of samples; their offsets follow, all uint32.
         begin, end = np.frombuffer(mapped, np.uint32, 2, offset=4 * (1 + idx)).tolist()
         data = mapped[begin:end]
-        place = SampleInFile(path, size, idx, begin, len(data), self.digests[8 * idx : 8 * (idx + 1)], {})
-        place.require_content(data)
-        return data, place
+        in_file = SampleInFile(path, size, idx, begin, len(data), self.digests[8 * idx : 8 * (idx + 1)], {})
+        in_file.require_content(data)
+        return data, in_file

@@ -38,10 +38,10 @@ class SampleInFile:
         """
         if not self.digest:
             return
-        found = xxhash.xxh3_64()
+        hasher = xxhash.xxh3_64()
         for part in parts:
-            found.update(part)
-        if found.digest() != self.digest:
+            hasher.update(part)
+        if hasher.digest() != self.digest:
             raise ValueError(f"{self.file} has changed: its sample {self.number} is not what the index says")
 
 
@@ -74,9 +74,9 @@ class MappedFiles:
         return memoryview(mapped)
 
 
-def _require_size(path: str, found: int, size: int) -> None:
-    if found != size:
-        raise ValueError(f"{path} has {found:,} bytes, but the index says {size:,}")
+def _require_size(path: str, actual: int, size: int) -> None:
+    if actual != size:
+        raise ValueError(f"{path} has {actual:,} bytes, but the index says {size:,}")
 
 
 class SampleReader:

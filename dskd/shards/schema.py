@@ -1,7 +1,7 @@
 """The columns of a sample of the annotated shards, and checks that shards fit the experiment (docs/formats.md)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +61,35 @@ class StoredStates:
         """Returns what the manifest of shards says that they hold; None if they hold no states.
 
         Raises:
-            UserError: if the manifest does not say all of it.
+            UserError: if the manifest does not say all of it, or names other layers below the trunk's depth.
         """
         facts: Mapping[str, Any] | None = manifest.facts.get("stored")
         if facts is None:
             return None
         try:
-            return cls(tuple(facts["columns"]), facts["dtype"], facts["hidden_size"], facts["trunk_depth"])
+            stored = cls(tuple(facts["columns"]), facts["dtype"], facts["hidden_size"], facts["trunk_depth"])
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"the manifest of the shards does not describe their stored states ({error!r} in facts.stored); make "
                 f"the shards again with `{kinds.SHARDS.made_by}`"
             ) from None
+        # Older manifests lack the layers: those below a trunk's depth have always been the teacher's lowest.
+        if (layers := facts.get("trunk_layers", stored.trunk_layers)) != stored.trunk_layers:
+            raise UserError(
+                f"the manifest of the shards says that the teacher's layers {layers} computed their trunk_states, and "
+                f"a student can only start from those of its lowest {stored.trunk_depth} layers; make the shards again "
+                f"with `{kinds.SHARDS.made_by}`"
+            )
+        return stored
+
+    @property
+    def trunk_layers(self) -> list[int]:
+        """The teacher's layers that computed `trunk_states`: a student that starts from these has the same, frozen."""
+        return list(range(self.trunk_depth))
+
+    def as_facts(self) -> dict[str, Any]:
+        """Returns what the manifest of the shards records as `stored`."""
+        return {**asdict(self), "trunk_layers": self.trunk_layers}
 
     @property
     def encodings(self) -> dict[str, str]:
@@ -134,14 +151,17 @@ def require_fitting(
     """
     folder = config.path(kinds.SHARDS.folder, split)
     remedy = f"make the shards again with `{kinds.SHARDS.made_by}`"
-    for what, expected, found in (
+    for what, expected, actual in (
         ("tokenizers", tokenizer, manifest.tokenizer),
         ("teachers", teacher, manifest.teacher),
         ("sense dictionaries", senses, manifest.inputs.get("senses")),
     ):
-        require_same(what, expected=expected, found=found, between=f"{folder} and what is here now", remedy=remedy)
+        require_same(what, expected=expected, actual=actual, between=f"{folder} and what is here now", remedy=remedy)
     if config.train.shard_remote is None:
-        verify_files(folder, manifest, except_for=files_with_hashes_of_samples(folder / INDEX))
+        # The index first: it says which of the other files are left out here.
+        of_index = {name: entry for name, entry in manifest.files.items() if name == INDEX}
+        verify_files(folder, replace(manifest, files=of_index))
+        verify_files(folder, manifest, except_for=[INDEX, *files_with_hashes_of_samples(folder / INDEX)])
 
 
 def require_teacher_cache(config: Config, split: str, manifest: Manifest) -> None:

@@ -115,8 +115,8 @@ class DictionaryVectors:
         taken = torch.empty(*rows.shape, self._map.shape[1], device=self._device)
         taken[~absent] = self._resident[slots[~absent]].float()
         # Read each of the other rows from disk once, even if it is a candidate of several tokens.
-        on_disk, place = rows[absent].unique(return_inverse=True)
-        taken[absent] = self._read(on_disk.cpu())[place].float()
+        on_disk, inverse = rows[absent].unique(return_inverse=True)
+        taken[absent] = self._read(on_disk.cpu())[inverse].float()
         return taken
 
     def _read(self, rows: torch.Tensor) -> torch.Tensor:

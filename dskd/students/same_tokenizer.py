@@ -73,10 +73,10 @@ def differences(teacher: Any, student: Any) -> Iterator[str]:
                 )
     for text in (*_TEXTS, *_around_special(teacher)):
         ids, other_ids = (each(text, verbose=False)["input_ids"] for each in (teacher, student))
-        for place, (one, other) in enumerate(zip_longest(ids, other_ids)):
+        for index, (one, other) in enumerate(zip_longest(ids, other_ids)):
             if one != other:
                 yield (
-                    f"token {place} of the text {text!r} is {_with_id(one, tokens)} with the teacher's tokenizer, and "
+                    f"token {index} of the text {text!r} is {_with_id(one, tokens)} with the teacher's tokenizer, and "
                     f"{_with_id(other, others)} with the student's"
                 )
                 break

@@ -163,18 +163,18 @@ def require_chosen_layers(config: Config, teacher: ModelFolder, student: ModelFo
     manifest = read_manifest(student.path, kinds.STUDENT.name)
     if manifest.teacher != teacher.digest:
         return
-    found, num_layers = list(manifest.facts["layers"]), teacher.load_config().num_hidden_layers
+    kept, num_layers = list(manifest.facts["layers"]), teacher.load_config().num_hidden_layers
     importance = _measured(config, manifest, num_layers, teacher.digest) if config.student.is_measured else None
     chosen = choose_layers(config.student, num_layers, importance)
-    if found != chosen:
+    if kept != chosen:
         keys = "student.layers and student.spacing"
         if config.student.last_layers_are_kept:
             keys = "student.layers, student.spacing and student.train_layers"
         removed = " and remove student.spacing and student.importance_samples" if config.student.is_measured else ""
         raise UserError(
-            f"{student.path}: the student has the teacher's layers {as_text(found)}, but {keys} choose "
+            f"{student.path}: the student has the teacher's layers {as_text(kept)}, but {keys} choose "
             f"{as_text(chosen)}; cut it again with `{kinds.STUDENT.made_by}`, or set student.layers to "
-            f"[{as_text(found)}]{removed}"
+            f"[{as_text(kept)}]{removed}"
         )
 
 

@@ -98,8 +98,10 @@ def correct_addresses(file: Path, artifacts: Path) -> None:
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if "experiments" not in tables:  # not MLflow's tables: MLflow reports what is wrong with such a file
             return
-        known = [place for (place,) in database.execute("SELECT DISTINCT artifact_location FROM experiments")]
-        outdated = [place for place in known if place and place != here and _was_elsewhere(place, artifacts)]
+        known = [location for (location,) in database.execute("SELECT DISTINCT artifact_location FROM experiments")]
+        outdated = [
+            location for location in known if location and location != here and _was_elsewhere(location, artifacts)
+        ]
         if not outdated:
             return
         with database:  # one transaction
@@ -113,9 +115,9 @@ def correct_addresses(file: Path, artifacts: Path) -> None:
                         )
 
 
-def _was_elsewhere(place: str, artifacts: Path) -> bool:
+def _was_elsewhere(location: str, artifacts: Path) -> bool:
     """Returns True if an experiment's address names the former place of the folder that is `artifacts` now."""
-    parsed = urlparse(place)
+    parsed = urlparse(location)
     old = Path(unquote(parsed.path))
     if parsed.scheme != "file" or old.name != artifacts.name:
         return False  # somebody created this experiment with another location

@@ -9,6 +9,7 @@ from dskd import shards
 from dskd.config import Config, LossConfig
 from dskd.console import progress_bar, say
 from dskd.distributed.world import World
+from dskd.errors import counted
 from dskd.losses.terms import LOSS_METRIC, TERMS
 from dskd.models.running.precision import compute_dtype
 from dskd.tracking import Tracker, describe_dataset, git_commit
@@ -138,7 +139,7 @@ def describe_run(config: Config, world: World, pair: ModelPair, schedule: Schedu
     parameters = list(pair.engine.module.parameters())
     trained = sum(p.ds_numel for p in parameters if p.requires_grad)
     say(
-        f"  {world.world_size} rank{'s' * (world.world_size > 1)} on {world.device.type}, "
+        f"  {counted(world.world_size, 'rank')} on {world.device.type}, "
         f"{str(compute_dtype(config.precision, world.device)).removeprefix('torch.')}; "
         f"{trained:,} of {sum(p.ds_numel for p in parameters):,} parameters are trained\n"
         f"  {schedule.total_steps} steps of {schedule.global_batch_size} sequences "

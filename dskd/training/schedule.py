@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-from dskd import shards
 from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest
 from dskd.config import Config, TrainConfig
@@ -41,6 +40,8 @@ def plan_schedule(config: Config, manifest: Manifest, world_size: int) -> Schedu
     Raises:
         UserError: if the global batch cannot be divided among the ranks, or there is less data than one batch.
     """
+    from dskd import shards  # imported here so that a batch that cannot be divided is refused without torch
+
     train = config.train
     global_batch = train.global_batch_size
     micro_batch, accumulation_steps = divide_batch(train, world_size)

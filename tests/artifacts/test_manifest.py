@@ -174,7 +174,7 @@ def test_a_missing_artifact_is_reported_with_the_command_that_makes_it(tmp_path)
 
 def test_inputs_that_do_not_fit_are_reported_with_both_sides():
     with pytest.raises(UserError, match=r"a and b: made with different teachers \(one… and two…\); make it again"):
-        require_same("teachers", expected="one", found="two", between="a and b", remedy="make it again")
+        require_same("teachers", expected="one", actual="two", between="a and b", remedy="make it again")
 
 
 def test_two_processes_never_make_the_same_artifact(tmp_path, monkeypatch, capsys):

@@ -165,8 +165,45 @@ def test_values_of_another_text_are_tested_and_nothing_is_tuned():
     # Without that name they would be results of this text's own tuning, which has none.
     assert not results_by_arm([*results, *(dataclasses.replace(each, values_of="") for each in tested)], "handbook")
     page = render([*results, *tested]).partition("## Text: handbook")[2]
-    assert "the value that was chosen on the text `toy`" in page
+    assert "tuned on the text `toy` have the value that was chosen there" in page
     assert "| senses |" in page
+
+
+def test_arms_without_a_value_on_the_other_text_are_tuned_on_this_one_with_its_values():
+    synonyms, kd = BY_NAME["synonyms"], BY_NAME["kd"]
+    results = [
+        result for result in all_tuned() if result.settings.antonym_weight or result.settings.sense_words == "random"
+    ]
+    chosen = chosen_values(results, "toy", {"synonyms", *_chain(synonyms)})
+    assert "synonyms" not in chosen
+    assert "kd" in chosen
+    planned = list(planned_trainings(results, "handbook", ["kd", "synonyms"], (0,), values_of="toy"))
+    trials = [each for each in planned if each.stage == "tune"]
+    assert [each.settings for each in trials] == [synonyms.settings(chosen, value) for value in synonyms.trials]
+    assert [each.arm.name for each in planned if each.stage == "test"] == ["kd"]
+    tuned = [
+        dataclasses.replace(
+            result_of(each.settings, stage="tune", arm=each.arm.name, text="handbook"),
+            measures={**results[0].measures, "kl": 1.0 if each.value == 0.3 else 2.0},
+        )
+        for each in trials
+    ]
+    now = list(planned_trainings([*results, *tuned], "handbook", ["kd", "synonyms"], (0,), values_of="toy"))
+    tests = {each.arm.name: each for each in now if each.stage == "test"}
+    assert tests["kd"].settings == kd.settings(chosen, chosen["kd"])
+    assert tests["synonyms"].settings == synonyms.settings(chosen, 0.3)
+    longer = list(planned_lengths([*results, *tuned], "handbook", ["synonyms"], (0,), (500,), 1000, "toy"))
+    assert [each.settings.epochs for each in longer] == [synonyms.settings(chosen, 0.3).epochs / 2]
+    tested = [
+        dataclasses.replace(
+            result_of(each.settings, stage="test", arm=each.arm.name, text="handbook"), values_of=each.values_of
+        )
+        for each in tests.values()
+    ]
+    page = render([*results, *tuned, *tested]).partition("## Text: handbook")[2]
+    assert "| synonyms | sense_weight 0.1 |" in page
+    assert "sense_weight 0.3 (chosen)" in page
+    assert "kd_weight" not in page
 
 
 def test_values_that_another_text_has_not_chosen_are_refused():

@@ -138,14 +138,22 @@ def test_an_unwritable_work_directory_is_refused(copy_of_tiny, tmp_path, read_on
     assert "set workdir to a folder you may write" in refused("lexicon", "--config", config)
 
 
-@pytest.mark.parametrize("name", ["student/model.safetensors", "senses/senses.safetensors"])
-def test_a_changed_input_of_training_is_reported(copy_of_tiny, world, name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("student/model.safetensors", "the content is not what the manifest says"),
+        ("senses/senses.safetensors", "the content is not what the manifest says"),
+        ("teacher/model.safetensors", "this teacher has changed since it was made"),
+        ("teacher/tokenizer_config.json", "this teacher has changed since it was made"),
+    ],
+)
+def test_a_changed_input_of_training_is_reported(copy_of_tiny, world, name, message):
     config = copy_of_tiny(*BEFORE_TRAINING)
     file = load_config(config).path(name)
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    _refused(train, config, world, says=[f"{name}: the content is not what the manifest says"])
+    _refused(train, config, world, says=[f"{name}: {message}", "make it again with `"])
 
 
 def test_a_work_directory_in_which_nobody_may_write_is_refused(copy_of_tiny, refused):

@@ -13,7 +13,7 @@ from dskd.config import Config
 from dskd.corpus import finding
 from dskd.corpus.build import build_corpus, read_texts, recipe
 from dskd.corpus.files import read_file
-from dskd.corpus.finding import fingerprint
+from dskd.corpus.finding import fingerprint_of_text
 from dskd.errors import UserError
 
 SHARED = REPOSITORY.parent / "shared" / "cases" / "corpus"
@@ -92,10 +92,10 @@ def test_shards_that_were_written_in_parallel_are_read_once(tmp_path):
     (index,) = _find(tmp_path).files
     assert index == tmp_path / "index.json"
     assert [document.text for document in read_file(index, "text")] == [f"{name}{i}" for name in "ab" for i in range(4)]
-    before = fingerprint(index)
+    before = fingerprint_of_text(index)
     (shard,) = (tmp_path / "a").glob("shard.*")
     os.utime(shard, ns=(1, 1))
-    assert fingerprint(index) != before
+    assert fingerprint_of_text(index) != before
 
 
 def test_missing_and_wrong_files_are_all_named(tmp_path):
@@ -116,11 +116,11 @@ def test_missing_and_wrong_files_are_all_named(tmp_path):
 
 def test_a_fingerprint_changes_with_the_shards_of_an_index(tmp_path):
     index = write_mds(tmp_path / "mds", [{"text": "x", "id": 1}])
-    before = fingerprint(index)
-    assert fingerprint(index) == before
+    before = fingerprint_of_text(index)
+    assert fingerprint_of_text(index) == before
     (shard,) = (tmp_path / "mds").glob("shard.*")
     shard.write_bytes(shard.read_bytes() + b"x")
-    assert fingerprint(index) != before
+    assert fingerprint_of_text(index) != before
 
 
 @pytest.mark.parametrize(
@@ -239,9 +239,9 @@ def test_saved_datasets_are_read_in_the_order_of_their_state(tmp_path):
         ("2", "one"),
         ("4", "two"),
     ]
-    before = finding.fingerprint(saved / "state.json")
+    before = finding.fingerprint_of_text(saved / "state.json")
     os.utime(saved / "data-00001-of-00002.arrow", ns=(1, 1))
-    assert finding.fingerprint(saved / "state.json") != before
+    assert finding.fingerprint_of_text(saved / "state.json") != before
 
 
 def test_a_saved_dataset_that_was_cut_is_refused(tmp_path):

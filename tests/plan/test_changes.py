@@ -137,7 +137,7 @@ def test_storing_the_teachers_states_is_proposed_with_its_bytes(tmp_path):
 
 @pytest.mark.parametrize(
     ("override", "is_proposed"),
-    [("loss.hidden_weight=0", True), ("loss.hidden_weight=1", False)],
+    [("loss.hidden_weight=0", True), ("loss.hidden_weight=1", False), ("loss.sense_form=distribution", False)],
 )
 def test_the_most_probable_tokens_are_proposed_only_if_no_term_reads_states(tmp_path, override, is_proposed):
     config = config_of(tmp_path, override, mode="resident")

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from forked_rank import run_launcher
@@ -20,8 +21,12 @@ from dskd.plan.architecture import Architecture
 from dskd.plan.gathering import gather
 from dskd.plan.known_models import KNOWN_MODELS
 from dskd.plan.live_bytes import LiveBytes
+from dskd.plan.memory import batch_of
 from dskd.plan.plan import make_plan
 from dskd.plan.shapes import Shapes, Weight, plan_student
+from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS
+from dskd.training.data.collator import _name_rows
+from dskd.training.data.distribution_candidates import CandidateRows
 
 
 @pytest.mark.parametrize(
@@ -85,24 +90,30 @@ def test_bytes_count_as_long_as_something_refers_to_them():
     assert live.peak == 800
 
 
-def test_a_layer_keeps_the_tensors_that_autograd_saves(tmp_path):
-    """Independent of the counter: the tensors that autograd saves, storage by storage, in a real forward pass."""
-    config = config_of(tmp_path, "student.layers=2", "student.shared_trunk='off'", "loss.kd_weight=0")
-    batch = Batch(2, 16, False, 0, 0, 5, 0)
-    planned = student_activations(
+def _activations(config, batch, dtype, *, sizes, with_teacher, has_copy=False):
+    """Measures the activations of a student of two layers, anew."""
+    return student_activations.__wrapped__(
         Architecture(json.dumps(LLAMA), "llama"),
         (0, 1),
         0,
         config.student,
         config.loss,
         batch,
-        torch.float32,
-        sizes=HeadSizes(8, 8),
+        dtype,
+        sizes=sizes,
         checkpointing=False,
-        with_teacher=False,
+        with_teacher=with_teacher,
         teacher_matrix=(LLAMA["vocab_size"], LLAMA["hidden_size"]),
-        has_copy=False,
+        has_copy=has_copy,
         teacher_transform=LogitTransform(),
+    )
+
+
+def test_a_layer_keeps_the_tensors_that_autograd_saves(tmp_path):
+    """Independent of the counter: the tensors that autograd saves, storage by storage, in a real forward pass."""
+    config = config_of(tmp_path, "student.layers=2", "student.shared_trunk='off'", "loss.kd_weight=0")
+    planned = _activations(
+        config, Batch(2, 16, False, 0, 0, 5, 0), torch.float32, sizes=HeadSizes(8, 8), with_teacher=False
     )
     save_model(tmp_path / "llama")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", attn_implementation="sdpa")
@@ -133,57 +144,56 @@ def test_a_layer_keeps_the_tensors_that_autograd_saves(tmp_path):
 def test_a_plan_of_one_chunk_has_the_peaks_of_all_chunks(tmp_path, monkeypatch, overrides, teacher_top_n, with_teacher):
     """32 positions in chunks of 5, the last of which is smaller; a chunk is two blocks."""
     config = config_of(tmp_path, *overrides)
-    has_copy = config.student.train_lm_head
-    found = []
+    batch = Batch(2, 16, True, 6, 12, 5, teacher_top_n)
+    options = {"with_teacher": with_teacher, "has_copy": config.student.train_lm_head}
+    peaks = []
     for head in (activations._HeadOfOneChunk, DistillationHead):
         monkeypatch.setattr(activations, "_HeadOfOneChunk", head)
-        found.append(
-            student_activations.__wrapped__(
-                Architecture(json.dumps(LLAMA), "llama"),
-                (0, 1),
-                0,
-                config.student,
-                config.loss,
-                Batch(2, 16, True, 6, 12, 5, teacher_top_n),
-                torch.bfloat16,
-                sizes=HeadSizes(5, 3),
-                checkpointing=False,
-                with_teacher=with_teacher,
-                teacher_matrix=(LLAMA["vocab_size"], LLAMA["hidden_size"]),
-                has_copy=has_copy,
-                teacher_transform=LogitTransform(),
-            )
-        )
-    assert found[0] == found[1]
-    assert found[0].loss > 0
+        peaks.append(_activations(config, batch, torch.bfloat16, sizes=HeadSizes(5, 3), **options))
+    assert peaks[0] == peaks[1]
+    assert peaks[0].loss > 0
 
 
 def test_a_share_of_the_positions_takes_less_memory_in_the_loss_alone(tmp_path):
     """The states of student and teacher at the positions, and their gradient, are fewer; 16 positions by half are 8."""
-    found = []
-    for share in (1, 0.5):
-        config = config_of(tmp_path, f"loss.position_share={share}")
-        found.append(
-            student_activations.__wrapped__(
-                Architecture(json.dumps(LLAMA), "llama"),
-                (0, 1),
-                0,
-                config.student,
-                config.loss,
-                Batch(2, 16, True, 0, 0, 5, 0, draws_targets=share < 1),
-                torch.bfloat16,
-                sizes=HeadSizes(4, 4),
-                checkpointing=False,
-                with_teacher=True,
-                teacher_matrix=(LLAMA["vocab_size"], LLAMA["hidden_size"]),
-                has_copy=False,
-                teacher_transform=LogitTransform(),
-            )
+    every, half = (
+        _activations(
+            config_of(tmp_path, f"loss.position_share={share}"),
+            Batch(2, 16, True, 0, 0, 5, 0, draws_targets=share < 1),
+            torch.bfloat16,
+            sizes=HeadSizes(4, 4),
+            with_teacher=True,
         )
-    every, half = found
+        for share in (1, 0.5)
+    )
     assert (half.kept, half.forward) == (every.kept, every.forward)
     of_states = 3 * 2 * 8 * LLAMA["hidden_size"] * 2  # of bf16
     assert every.loss - half.loss == pytest.approx(of_states, rel=0.15)  # and a few numbers of each position
+
+
+@pytest.mark.parametrize("overrides", [(), ("loss.sense_form=distribution", "loss.sense_candidates=[own, random]")])
+def test_the_planned_inputs_of_the_sense_loss_have_the_shapes_that_the_collator_brings(tmp_path, overrides):
+    config = config_of(tmp_path, "annotation.kappa=5", "train.sense_bank=device", "loss.min_relations=3", *overrides)
+    batch = batch_of(config, 1, relations=3 / 16)
+    planned = activations.loaded_tensors(batch, 32, torch.float32)["senses"]
+    rows = {name: np.arange(80).reshape(16, 5) for name in (OWN_ROWS, SYNONYM_ROWS, ANTONYM_ROWS)}
+    candidates = CandidateRows.of(config.loss, 0, 10**9) if overrides else None
+    brought = _name_rows([{**rows, "step": 1}], 16, [(np.arange(3), np.arange(3, 6))], candidates)
+    assert {name: tuple(tensor.shape) for name, tensor in planned.items()} == {
+        name: values.shape for part in brought for name, values in part.items()
+    }
+
+
+def test_a_plan_with_sense_distributions_counts_their_candidates(tmp_path):
+    small, large = (
+        make_plan(
+            config_of(tmp_path, "loss.sense_form=distribution", f"loss.sense_random_candidates={count}"),
+            cluster_of(1),
+            Architecture(json.dumps(LLAMA), "llama"),
+        ).memory.gpu
+        for count in (128, 4096)
+    )
+    assert large.loss > small.loss
 
 
 def test_the_optimizer_takes_sixteen_bytes_for_each_trained_element(tmp_path):

@@ -294,6 +294,7 @@ def test_shards_with_states_of_another_depth_or_type_have_to_be_annotated_again(
     ):
         _, printed, _ = _planned_states(tmp_path, dskd, *STORED, *changes)
         assert ("They are done: the shards exist" in printed) == is_done, changes
+        assert ("The shards in the work directory hold other data of the teacher" in printed) != is_done, changes
 
 
 def test_a_plan_says_which_stored_states_are_not_read(tmp_path, dskd):

@@ -66,7 +66,8 @@ def test_the_stored_states_are_those_of_transformers(copy_of_tiny, world, tmp_pa
     annotate(config, world)
     manifest = read_manifest(config.path("shards", "train"), "shards")
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-    assert manifest.facts["stored"] == {"columns": [*BOTH], "dtype": dtype, "hidden_size": D, "trunk_depth": 2}
+    facts = {"columns": [*BOTH], "dtype": dtype, "hidden_size": D, "trunk_depth": 2, "trunk_layers": [0, 1]}
+    assert manifest.facts["stored"] == facts
     assert StoredStates.of(manifest) == StoredStates(BOTH, dtype, D, 2)
     source = find_teacher(config).path
     teacher = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
@@ -266,6 +267,12 @@ def test_a_manifest_of_another_version_says_what_it_lacks():
     facts = {"columns": [*BOTH], "dtype": "float32", "hidden_size": 8, "trunk_depth": 2, "of_tomorrow": 1}
     manifest = Manifest("shards", 1, {}, {}, None, None, {}, {"stored": facts}, {})
     assert StoredStates.of(manifest) == StoredStates(BOTH, "float32", 8, 2)
+    facts["trunk_layers"] = [0, 1]
+    assert StoredStates.of(manifest) == StoredStates(BOTH, "float32", 8, 2)
+    facts["trunk_layers"] = [0, 2]
+    with pytest.raises(UserError, match=r"layers \[0, 2\] computed .*make the shards again with `deepspeed"):
+        StoredStates.of(manifest)
+    facts["trunk_layers"] = [0, 1]
     del facts["dtype"]
     with pytest.raises(UserError, match=r"KeyError\('dtype'\) in facts.stored"):
         StoredStates.of(manifest)

@@ -9,6 +9,8 @@ import importlib
 
 from delayed_collection import exempt_imports
 
+from dskd.tracking.context import _installed
+
 gc.disable()  # again, in a process that has called `exempt_imports` before
 for _name in (
     "unsynced",
@@ -26,4 +28,5 @@ for _name in (
     "dskd.shards.dataset",
 ):
     importlib.import_module(_name)
+_installed()  # kept: each tracked run records the versions of all packages
 exempt_imports()

@@ -36,10 +36,10 @@ _MARKS = [
     "it:",
 ]
 _TEMPLATE = "{% for m in messages %}{{ 'user: ' if m.role == 'user' else 'it: ' }}{{ m.content }} {% endfor %}it:"
-# The values of a toy. All other values of a model's config.json stay, above all its number of layers.
+# The values of a toy. All other values of a model's config.json stay, except its number of layers.
 _TOY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 # Layers instead of 80, of which the student has 7, and of 32, of which it has 16: DeepSpeed takes time for each.
-LAYERS_OF_LARGE, LAYERS_OF_MISTRAL = 9, 18
+LAYERS_OF_LARGE, LAYERS_OF_OTHERS = 9, 18
 # Of the training split and of the held-out one.
 _EXAMPLES = 24, 4  # of each benchmark with choices: a quarter of 24 is one question with five examples
 _PASSAGES = 8, 2  # with two questions each, so that each can be the other's example
@@ -68,10 +68,7 @@ def _sentence(number: int, length: int) -> str:
 
 def _write_model(folder: Path, name: str) -> None:
     shapes: dict[str, Any] = {**KNOWN_MODELS.get(name.lower(), {}), **_TOY}
-    if shapes["num_hidden_layers"] > 32:
-        shapes["num_hidden_layers"] = LAYERS_OF_LARGE
-    elif shapes["model_type"] == "mistral":
-        shapes["num_hidden_layers"] = LAYERS_OF_MISTRAL
+    shapes["num_hidden_layers"] = LAYERS_OF_LARGE if shapes["num_hidden_layers"] > 32 else LAYERS_OF_OTHERS
     words = [*WORDS, *_MARKS]
     shapes |= {"vocab_size": len(words) + 2, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0}
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ _MOST_PROBLEMS = 100
 _SHOWN_PROBLEMS = 10
 
 
-def fingerprint(teacher: ModelFolder) -> dict[str, str]:
+def inputs_of_chats(teacher: ModelFolder) -> dict[str, str]:
     """Returns the digests of the teacher's chat template and tokenizer, which write the chats.
 
     Raises:
@@ -74,24 +74,24 @@ def _documents(
     not_text: list[str] = []
     special: list[str] = []
     count, read = 0, ""
-    for place, record in numbered:
+    for location, record in numbered:
         count += 1
         try:
             written = writer.write(columns.parse(record))
         except SpecialTokenError as error:
-            special.append(f"{place}, {error}")
+            special.append(f"{location}, {error}")
             continue
         except (ChatError, RecursionError) as error:
             reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-            problems.append(f"{place}: {reason}")
+            problems.append(f"{location}: {reason}")
             if len(problems) == _MOST_PROBLEMS:
                 read = "first "
                 break
             continue
         if written is None:
-            not_text.append(place)
+            not_text.append(location)
         else:
-            yield Document(place, written.text, written.text, tokens=written.tokens, counted=written.counted)
+            yield Document(location, written.text, written.text, tokens=written.tokens, counted=written.counted)
     if problems:
         raise UserError(
             listed(

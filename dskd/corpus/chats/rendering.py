@@ -125,12 +125,12 @@ class ChatWriter:
                         f"the chat template leaves out {part} in turn {index + chat.first_number}; use a template that "
                         "writes it, or remove it from the chat"
                     )
-        place = find_misplaced_result(chat.messages, chat.first_number)
-        if place is not None:
-            other = {**without(chat.messages[place], {"name"}), "tool_call_id": ""}
-            if not self._differs([*chat.messages[:place], other, *chat.messages[place + 1 :]], chat.tools, text):
+        moved = find_misplaced_result(chat.messages, chat.first_number)
+        if moved is not None:
+            other = {**without(chat.messages[moved], {"name"}), "tool_call_id": ""}
+            if not self._differs([*chat.messages[:moved], other, *chat.messages[moved + 1 :]], chat.tools, text):
                 raise ChatError(
-                    f"turn {place + chat.first_number} (tool) is not the result of the call in its place, and the chat "
+                    f"turn {moved + chat.first_number} (tool) is not the result of the call in its place, and the chat "
                     "template leaves out tool_call_id and name; put the results in the order of the calls"
                 )
         self._count_notes(chat, text)
@@ -173,9 +173,9 @@ class ChatWriter:
         inside, at = "\n".join(text[first:stop] for first, stop in passages), 0
         for index in chat.answers():
             answer = chat.messages[index]["content"].strip()
-            place = inside.find(answer, at)
-            if place >= 0:
-                at = place + len(answer)
+            begin = inside.find(answer, at)
+            if begin >= 0:
+                at = begin + len(answer)
             elif answer in text:
                 raise ChatError(
                     f"the marks {{% generation %}} of the chat template do not contain all of the answer in turn "
@@ -203,7 +203,7 @@ class ChatWriter:
 
     def _first_visible(self, tokens: list[int], places: range) -> int | None:
         """Returns the first of these places whose token is not white space; None if there is none."""
-        return next((place for place in places if self._tokenizer.decode([tokens[place]]).strip()), None)
+        return next((index for index in places if self._tokenizer.decode([tokens[index]]).strip()), None)
 
     def _between_beginnings(self, chat: Chat, text: str) -> list[Passage]:
         """Returns the passage of each answer, by writing the chat up to it and up to its end."""
@@ -265,7 +265,7 @@ class ChatWriter:
 
     def _end_of_turn(self, tokens: list[int], first: int, stop: int) -> int:
         """Returns the end of an answer without white space after the special token that ends its turn, if one does."""
-        last = max((place for place in range(first, stop) if tokens[place] in self._added_tokens), default=None)
+        last = max((index for index in range(first, stop) if tokens[index] in self._added_tokens), default=None)
         if last is None or self._tokenizer.decode(tokens[last + 1 : stop]).strip():
             return stop
         return last + 1

@@ -38,19 +38,19 @@ class SpecialTokens:
             SpecialTokenError: when it says one, with the token and its place.
         """
         parts = [(f"turn {number}", message) for number, message in enumerate(chat.messages, chat.first_number)]
-        said = [
+        tokens = [
             (part, token)
             for part, value in [*parts, ("its tools", chat.tools)]
             for text in _texts(value)
             for token in self._pattern.findall(text)
         ]
-        if not said:
+        if not tokens:
             return
         try:
             written = write(self._without(chat.messages), self._without(chat.tools))
         except ChatError:  # nothing says which of them the template writes
-            written = "".join(token for _, token in said)
-        for part, token in said:
+            written = "".join(token for _, token in tokens)
+        for part, token in tokens:
             if token in self._named or token in written:
                 raise SpecialTokenError(f"{part}: {token!r}")
 

@@ -14,7 +14,7 @@ from dskd.corpus.chats.turns import ASSISTANT, ChatError, Message
 @dataclass(frozen=True)
 class _Result:
     index: int  # of the tool turn
-    place: int  # among the results of the same turn of the assistant, from 0
+    position: int  # among the results of the same turn of the assistant, from 0
     call: int | None  # the number of the call that it names, from 0; None if it names none
 
 
@@ -27,22 +27,22 @@ def find_misplaced_result(messages: list[Message], first_number: int) -> int | N
         ChatError: when a tool turn names a call that the assistant has not made.
     """
     for result in _results(messages, first_number):
-        if result.call not in (None, result.place):
+        if result.call not in (None, result.position):
             return result.index
     return None
 
 
 def _results(messages: list[Message], first_number: int) -> Iterator[_Result]:
     """Yields the tool turns that follow a turn of the assistant with tool calls."""
-    caller, place = 0, 0
+    caller, position = 0, 0
     for index, message in enumerate(messages):
         if message["role"] != "tool":
-            caller, place = index, 0
+            caller, position = index, 0
             continue
         if messages[caller]["role"] == ASSISTANT and (calls := messages[caller].get("tool_calls")):
             whose = f"turn {index + first_number} (tool)"
-            yield _Result(index, place, _named_call(message, calls, whose, f"turn {caller + first_number}"))
-        place += 1
+            yield _Result(index, position, _named_call(message, calls, whose, f"turn {caller + first_number}"))
+        position += 1
 
 
 def _named_call(message: Message, calls: list[Any], whose: str, caller: str) -> int | None:

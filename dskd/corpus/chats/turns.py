@@ -226,8 +226,8 @@ def _with_arguments(call: dict[str, Any], where: str) -> dict[str, Any]:
     function = call.get("function", call)
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name.strip():
-        found = "has no name of a function" if name is None else f"has {name!r} as the name of a function"
-        raise ChatError(f"{where} {found}; expected function.name, a text")
+        problem = "has no name of a function" if name is None else f"has {name!r} as the name of a function"
+        raise ChatError(f"{where} {problem}; expected function.name, a text")
     if not isinstance(arguments := function.get("arguments"), str):
         return call
     try:

@@ -24,7 +24,7 @@ from dskd.models.files.folder import FindTeacher
 from dskd.random_numbers import derived_seed
 
 
-def fingerprint(config: Config, find: FindTeacher) -> dict[str, str]:
+def inputs_of_tasks(config: Config, find: FindTeacher) -> dict[str, str]:
     """Returns {task: digest of its documents}, and under `prompts` the form of their prompts.
 
     `find` finds the teacher.

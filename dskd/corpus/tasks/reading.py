@@ -25,28 +25,28 @@ from dskd.artifacts.pointers import refuse_pointer
 from dskd.corpus.hub import read_rows
 from dskd.corpus.opening import COMPRESSIONS, open_text, reading_errors, without_compression
 from dskd.corpus.tasks.benchmarks import LETTERS, Benchmark, Example
-from dskd.errors import UserError
+from dskd.errors import UserError, counted
 
 Row = Any  # one record of JSON or Parquet
-Place = str  # FILE:LINE
+Location = str  # FILE:LINE
 
 
 class _NoExampleError(ValueError):
     """A record that is not in the benchmark's format."""
 
 
-def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]:
-    """Returns the examples of a split from `place`, a folder or the name of a dataset on the Hub. Raises a UserError
+def read_examples(benchmark: Benchmark, location: str, split: str) -> list[Example]:
+    """Returns the examples of a split from `location`, a folder or the name of a dataset on the Hub. Raises a UserError
     when there are none, a record is not in the benchmark's format, or two examples have the same id.
     """
-    folder = Path(place).expanduser()
+    folder = Path(location).expanduser()
     if folder.is_dir():
         source, rows = _rows_of_folder(benchmark, folder, split)
     else:
-        source, rows = f"{place}, split {split!r}", _rows_of_hub(benchmark, place, split)
+        source, rows = f"{location}, split {split!r}", _rows_of_hub(benchmark, location, split)
     examples = []
     _, parse = _FORMATS[benchmark.name]
-    for row_place, row in rows:
+    for row_location, row in rows:
         try:
             example = parse(benchmark, row)
             _require_whole_characters(example)
@@ -56,7 +56,7 @@ def read_examples(benchmark: Benchmark, place: str, split: str) -> list[Example]
         except (_NoExampleError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = f"{error}" if isinstance(error, _NoExampleError) else f"{type(error).__name__}: {error}"
             raise UserError(
-                f"{row_place}: this is not an example of {benchmark.name} as it is published ({reason}); "
+                f"{row_location}: this is not an example of {benchmark.name} as it is published ({reason}); "
                 "docs/formats.md has the formats"
             ) from None
     if not examples:
@@ -90,7 +90,7 @@ def _named(examples: list[Example], split: str) -> list[Example]:
     return named
 
 
-def _rows_of_folder(benchmark: Benchmark, folder: Path, split: str) -> tuple[str, Iterator[tuple[Place, Row]]]:
+def _rows_of_folder(benchmark: Benchmark, folder: Path, split: str) -> tuple[str, Iterator[tuple[Location, Row]]]:
     """Returns the files that hold the rows of a split, for messages, and the rows with their places."""
     for pattern in benchmark.files[split]:
         endings = ("", *COMPRESSIONS)
@@ -134,7 +134,7 @@ def _parquet_files(benchmark: Benchmark, folder: Path, split: str) -> list[Path]
     return of_config or files
 
 
-def _parquet_rows(files: Iterable[Path]) -> Iterator[tuple[Place, Row]]:
+def _parquet_rows(files: Iterable[Path]) -> Iterator[tuple[Location, Row]]:
     for path in files:
         with reading_errors(path):
             refuse_pointer(path)
@@ -143,19 +143,19 @@ def _parquet_rows(files: Iterable[Path]) -> Iterator[tuple[Place, Row]]:
             yield f"{path}:{number}", row
 
 
-def _rows_of_hub(benchmark: Benchmark, place: str, split: str) -> Iterator[tuple[Place, Row]]:
+def _rows_of_hub(benchmark: Benchmark, dataset: str, split: str) -> Iterator[tuple[Location, Row]]:
     rows = read_rows(
-        place,
+        dataset,
         split,
         benchmark.hub_config,
         key=f"tasks.{benchmark.name}",
         instead="or fetch the benchmark's files where the Hub can be reached, and name their folder here",
     )
     for number, row in enumerate(rows):
-        yield f"{place}/{split}:{number}", row
+        yield f"{dataset}/{split}:{number}", row
 
 
-def _published_rows(benchmark: Benchmark, files: list[Path]) -> Iterator[tuple[Place, Row]]:
+def _published_rows(benchmark: Benchmark, files: list[Path]) -> Iterator[tuple[Location, Row]]:
     rows_of, _ = _FORMATS[benchmark.name]
     for path in files:
         with reading_errors(path):
@@ -210,8 +210,8 @@ def _mmlu_rows(path: Path) -> Iterator[tuple[int, Row]]:
         for line, record in _csv_records(path, stream):
             if len(record) != 6 or record[5].strip() not in tuple(LETTERS[:4]):
                 raise UserError(
-                    f"{path}:{line}: expected question, four choices and a letter of A to D, found {len(record)} "
-                    f"field{'s' * (len(record) != 1)}, the last of them {record[-1][:20]!r}"
+                    f"{path}:{line}: expected question, four choices and a letter of A to D, found "
+                    f"{counted(len(record), 'field')}, the last of them {record[-1][:20]!r}"
                 )
             answer = LETTERS.index(record[5].strip())
             yield line, {"question": record[0], "choices": record[1:5], "answer": answer, "subject": subject}
@@ -260,22 +260,22 @@ def _squad_rows(path: Path) -> Iterator[tuple[int, Row]]:
         ) from None
 
 
-def _squad_answers(question: dict[str, Any], place: str) -> list[str]:
+def _squad_answers(question: dict[str, Any], location: str) -> list[str]:
     is_impossible = question.get("is_impossible", False)
     if not isinstance(is_impossible, bool):
-        raise UserError(f"{place}: is_impossible is {is_impossible!r}; expected true or false")
+        raise UserError(f"{location}: is_impossible is {is_impossible!r}; expected true or false")
     if not is_impossible and not question["answers"]:
         raise UserError(
-            f"{place}: it has no answers, but is_impossible is not true; if the passage does not answer it, set it"
+            f"{location}: it has no answers, but is_impossible is not true; if the passage does not answer it, set it"
         )
     return [] if is_impossible else [each["text"] for each in question["answers"]]
 
 
-def _from_json(text: str, place: str) -> Any:
+def _from_json(text: str, location: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: this is not JSON ({error}); was its download truncated?") from None
+        raise UserError(f"{location}: this is not JSON ({error}); was its download truncated?") from None
 
 
 def _parse_labelled(benchmark: Benchmark, row: Row) -> Example:

@@ -104,7 +104,7 @@ def _thoughts_of(message: dict[str, Any]) -> str:
 
 
 def _with_thoughts(thoughts: str, content: str) -> str:
-    """Returns an answer with its thoughts, marked as models mark them, so that :class:`Prompter` finds their end."""
+    """Returns thoughts and an answer, marked as models mark them, so that :class:`WritingPrompter` finds their end."""
     if not thoughts:
         return content
     return f"{THOUGHTS}{thoughts}{END_OF_THOUGHTS}{content}" if content else f"{THOUGHTS}{thoughts}"

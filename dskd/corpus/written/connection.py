@@ -214,8 +214,8 @@ class Connection:
         status, where = response.status_code, f"corpus.server: {self.shown}/{path}"
         reason = f"{status}: {self._cut(_reason_of_refusal(response))}"
         if status in _MAY_PASS or status >= 500:
-            asked = response.headers.get("Retry-After", "")
-            wait_s = float(asked) if asked.isdecimal() else None
+            retry_after = response.headers.get("Retry-After", "")
+            wait_s = float(retry_after) if retry_after.isdecimal() else None
             return _TransientError(f"answers {reason}", wait_s=wait_s, may_be_starting=status in _MAY_BE_STARTING)
         if status in (401, 403):
             key = "the key in" if self._key else "no key, as there is none in"
@@ -283,14 +283,14 @@ def _wrong_proxy(variable: str) -> UserError:
 
 def _causes(error: BaseException) -> list[BaseException]:
     """Returns an error and its causes, including those that a library keeps only as arguments."""
-    found: list[BaseException] = []
+    causes: list[BaseException] = []
     todo: list[Any] = [error]
     while todo:
         at = todo.pop(0)
-        if isinstance(at, BaseException) and at not in found:
-            found.append(at)
+        if isinstance(at, BaseException) and at not in causes:
+            causes.append(at)
             todo += [at.__cause__, at.__context__, *at.args, getattr(at, "reason", None)]
-    return found
+    return causes
 
 
 def _reason(error: Exception) -> str:

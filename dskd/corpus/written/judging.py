@@ -75,7 +75,7 @@ class Judged:
 class SensesWithText:
     """Counts of the senses that were asked for, of those with a text, and of texts by their outcome."""
 
-    asked: int
+    asked: int  # the name that the manifest of the corpus has, too
     with_text: int
     outcomes: dict[str, int]
 

@@ -7,7 +7,7 @@ from typing import Any
 from dskd.config import Config
 from dskd.console import progress_bar
 from dskd.corpus.written.blocks import write_block
-from dskd.corpus.written.prompts import Prompter
+from dskd.corpus.written.prompts import WritingPrompter
 from dskd.corpus.written.requests import Request
 from dskd.distributed.world import World
 from dskd.errors import UserError
@@ -20,7 +20,7 @@ def write_with_teacher(
     config: Config,
     world: World,
     teacher: ModelFolder,
-    prompter: Prompter,
+    prompter: WritingPrompter,
     requests: Sequence[Request],
     left: Sequence[range],
     folder: Path,
@@ -71,7 +71,9 @@ def _decode(tokenizer: Any, rows: list[list[int]]) -> list[str]:
     return texts
 
 
-def _require_positions(config: Config, teacher: ModelFolder, prompter: Prompter, requests: Sequence[Request]) -> None:
+def _require_positions(
+    config: Config, teacher: ModelFolder, prompter: WritingPrompter, requests: Sequence[Request]
+) -> None:
     limit = position_limit(teacher.load_config())
     if limit is None:
         return

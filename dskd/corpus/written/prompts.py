@@ -16,8 +16,8 @@ END_OF_THOUGHTS = "</think>"
 _KINDS = ("two or three sentences", "two or three sentences of a story", "a short paragraph")
 
 
-class Prompter:
-    """A writer of prompts for the model with this tokenizer."""
+class WritingPrompter:
+    """The prompts that make the model with this tokenizer write texts."""
 
     def __init__(self, tokenizer: Any, seed: int) -> None:
         """Takes the teacher's tokenizer and the seed of the experiment."""

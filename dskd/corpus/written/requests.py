@@ -52,8 +52,8 @@ def find_senses(wordnet: WordNet, tokenizer: Any, vocab_size: int, seed: int) ->
     words = sorted({word for word, _ in senses})
     tokens = tokenize_words(words, tokenizer, vocab_size)
     are_one_token = {word for word, ids in zip(words, tokens, strict=True) if len(ids) == 1}
-    found = [sense for sense in senses.values() if sense.word in are_one_token]
-    return sorted(found, key=lambda sense: _order(seed, sense))
+    chosen = [sense for sense in senses.values() if sense.word in are_one_token]
+    return sorted(chosen, key=lambda sense: _order(seed, sense))
 
 
 def make_requests(senses: list[Sense], corpus: CorpusConfig) -> list[Request]:

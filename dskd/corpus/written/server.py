@@ -18,7 +18,7 @@ from dskd.corpus.template_options import NOT_THINKING
 from dskd.corpus.written.answers import read_models, read_text
 from dskd.corpus.written.blocks import note_writer, read_writer, write_block
 from dskd.corpus.written.connection import Connection, RefusedRequestError
-from dskd.corpus.written.prompts import Prompter
+from dskd.corpus.written.prompts import WritingPrompter
 from dskd.corpus.written.requests import Request
 from dskd.errors import UserError
 
@@ -88,9 +88,9 @@ class Server:
 
 
 def write_with_server(
-    config: Config, prompter: Prompter, asked: Sequence[Request], left: Sequence[range], folder: Path
+    config: Config, prompter: WritingPrompter, requests: Sequence[Request], left: Sequence[range], folder: Path
 ) -> str:
-    """Writes the blocks `left` of the requests `asked` into `folder`, and returns the name of the server's model.
+    """Writes the blocks `left` of the `requests` into `folder`, and returns the name of the server's model.
 
     Raises:
         UserError: when the server refuses a request, `corpus.server_model` does not tell which of its models to use,
@@ -99,22 +99,22 @@ def write_with_server(
     """
     server = Server(config.corpus)
     model = server.find_model()
-    if sum(map(len, left)) < len(asked):
+    if sum(map(len, left)) < len(requests):
         _require_writer(server, folder, model)
     note_writer(folder, model)
     say(f"  {server.shown} writes with {server.hidden(model)}")
     numbers = [number for block in left for number in block]
     block_of = {number: block for block in left for number in block}
     texts: dict[range, dict[int, str]] = {block: {} for block in left}
-    first_answers = min(_EMPTY_ANSWERS, len(asked))
+    first_answers = min(_EMPTY_ANSWERS, len(requests))
     is_empty: list[bool] = []  # of the first answers
 
     def ask(session: Session, number: int, stopping: threading.Event) -> tuple[str, bool]:
-        request = asked[number]
+        request = requests[number]
         text = server.ask(session, prompter.question(request), request.seed(config.seed), stopping)
         return prompter.answer(text, request, may_think=server.may_think), not text.strip()
 
-    with progress_bar(total=len(asked), initial=len(asked) - len(numbers), label="writing", unit="texts") as bar:
+    with progress_bar(total=len(requests), initial=len(requests) - len(numbers), label="writing", unit="texts") as bar:
         for number, (text, has_none) in _in_parallel(ask, numbers, config.corpus.server_requests):
             if len(is_empty) < first_answers:
                 is_empty.append(has_none)

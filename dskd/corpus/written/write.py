@@ -19,7 +19,7 @@ from dskd.config.data import KEYS_OF_TEXTS
 from dskd.config.server_url import shown_url
 from dskd.console import say, stage
 from dskd.corpus.written.blocks import blocks_of, is_written, join_blocks, read_writer
-from dskd.corpus.written.prompts import Prompter
+from dskd.corpus.written.prompts import WritingPrompter
 from dskd.corpus.written.requests import Request, find_senses, make_requests
 from dskd.distributed.collectives import barrier, gather_json, main_first, on_main
 from dskd.distributed.world import World
@@ -94,7 +94,7 @@ def write_texts(config: Config, world: World, *, force: bool = False) -> None:
         Server(corpus).find_model()  # before WordNet is read, which takes far longer than to see that a URL is wrong
     writer = str(teacher.path) if corpus.server is None else shown_url(corpus.server)
     with stage("written: the teacher writes a text for every sense", reads=[writer], writes=building.path):
-        prompter = Prompter(teacher.tokenizer, config.seed)
+        prompter = WritingPrompter(teacher.tokenizer, config.seed)
         num_senses, requests = main_first(lambda: _find_requests(config, teacher))
         if corpus.server is None:
             how = "its chat template" if prompter.is_chat else "plain beginnings of texts: it has no chat template"
@@ -125,7 +125,7 @@ def _write_blocks(
     config: Config,
     world: World,
     teacher: ModelFolder,
-    prompter: Prompter,
+    prompter: WritingPrompter,
     requests: list[Request],
     building: Building,
 ) -> None:

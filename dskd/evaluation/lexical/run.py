@@ -86,8 +86,8 @@ def check_items(items: Items, models: Sequence[Candidate], tokenizer: Any) -> No
         texts += [(pair.name, tokens) for pair, both in zip(pairs, read, strict=True) for tokens in both]
     for model in models:
         model_config = model.folder.load_config()
-        for place, tokens in texts:
-            check_text(tokens.input_ids, model_config, tokenizer, f"{place} cannot be read by {model.name}")
+        for name, tokens in texts:
+            check_text(tokens.input_ids, model_config, tokenizer, f"{name} cannot be read by {model.name}")
 
 
 def measure_items(model: FrozenModel, items: Items, batch_size: int, world: World) -> tuple[list[Item], Summary]:
@@ -98,12 +98,12 @@ def measure_items(model: FrozenModel, items: Items, batch_size: int, world: Worl
     scores: list[Item] = []
     areas: Summary = {}
     states = read_states(model, items.context_tokens, batch_size, world, label="words in examples")
-    for place, suffix in ((WORD, ""), (TARGET, "_target")):
+    for column, suffix in ((WORD, ""), (TARGET, "_target")):
         name = f"{separation.MEASURE}{suffix}"
-        scores += separation.separation(items.contexts, states[:, place], name)
+        scores += separation.separation(items.contexts, states[:, column], name)
         if items.contexts:
-            areas[f"{name}_pooled"] = separation.pooled(items.contexts, states[:, place])
-        scores += retrieval.retrieval(items.contexts, states[:, place], suffix)
+            areas[f"{name}_pooled"] = separation.pooled(items.contexts, states[:, column])
+        scores += retrieval.retrieval(items.contexts, states[:, column], suffix)
     pairs = [tokens for choice in items.choices for tokens in (choice.synonym, choice.antonym)]
     likelihoods = read_likelihoods(model, pairs, batch_size, world)
     scores += preference.preference(items.choices, likelihoods.tolist())

@@ -74,7 +74,7 @@ def compare_with_transformers(
     everyone = _gather(torch.stack(states_by_start), world)  # [ranks][starts, 2 * compared layers + 1, 1, T, D]
 
     def compare() -> list[Any]:
-        worst, place, is_finite = 0.0, "the last hidden states", True
+        worst, worst_at, is_finite = 0.0, "the last hidden states", True
         for layer in [None] if chosen is None else chosen:
             if layer is None:
                 reference = load_whole(folder, dtype)
@@ -93,12 +93,12 @@ def compare_with_transformers(
                     for name, ours, expected in results:
                         error = relative_difference(ours, expected)
                         if not error <= worst:
-                            worst, place = error, f"{name} on rank {rank}, at positions from {start}"
+                            worst, worst_at = error, f"{name} on rank {rank}, at positions from {start}"
                             is_finite = bool(ours.isfinite().all() and expected.isfinite().all())
-        return [worst, place, is_finite]
+        return [worst, worst_at, is_finite]
 
-    worst, place, is_finite = on_main(compare)
-    _require_agreement(decoder, folder, world, dtype, worst, place, is_finite=is_finite)
+    worst, worst_at, is_finite = on_main(compare)
+    _require_agreement(decoder, folder, world, dtype, worst, worst_at, is_finite=is_finite)
     what = "last hidden states" if chosen is None else f"what layers {', '.join(map(str, chosen))} compute"
     where = " and ".join(f"{start} to {start + tokens - 1}" for start in sorted(starts))
     say(
@@ -108,16 +108,16 @@ def compare_with_transformers(
 
 
 def _require_agreement(
-    decoder: Any, folder: ModelFolder, world: World, dtype: torch.dtype, worst: float, place: str, *, is_finite: bool
+    decoder: Any, folder: ModelFolder, world: World, dtype: torch.dtype, worst: float, worst_at: str, *, is_finite: bool
 ) -> None:
-    """Refuses a model whose largest relative difference, `worst` at `place`, is more than rounding explains.
+    """Refuses a model whose largest relative difference, `worst` at `worst_at`, is more than rounding explains.
 
     Raises:
         UserError: with the place and the difference, or that values there are not finite.
     """
     if worst > _TOLERANCE[dtype] and not is_finite:
         raise UserError(
-            f"{folder.path}: weights or states are not finite: {place} have infinities or NaN. Are the weights "
+            f"{folder.path}: weights or states are not finite: {worst_at} have infinities or NaN. Are the weights "
             f"damaged, or states too large for {str(dtype).removeprefix('torch.')}?",
             known_to_all_ranks=True,
         )
@@ -126,7 +126,7 @@ def _require_agreement(
         remedy = "; try teacher.mode: resident" if sharded else ""
         raise UserError(
             f"{folder.path}: {type(decoder.base).__name__}, as it is loaded here, computes something different from "
-            f"transformers: {place} differ by {worst:.1e} of their norm, more than {_TOLERANCE[dtype]:.0e}; this "
+            f"transformers: {worst_at} differ by {worst:.1e} of their norm, more than {_TOLERANCE[dtype]:.0e}; this "
             f"architecture is not supported{remedy}",
             known_to_all_ranks=True,
         )
@@ -262,11 +262,11 @@ def _run_layer(
 
     `states` has the inputs and outputs of the chosen layers, and the last states, as the loaded model computed them.
     """
-    place = 2 * chosen.index(layer)
+    index = 2 * chosen.index(layer)
     module = decoder.layers[layer]
 
     def replace(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return ((states[place], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states[place]})
+        return ((states[index], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states[index]})
 
     hook = module.register_forward_pre_hook(replace, with_kwargs=True)
     try:
@@ -274,7 +274,7 @@ def _run_layer(
             decoder(input_ids, **positions)
     finally:
         hook.remove()
-    results = [(f"what layer {layer} computes", states[place + 1], expected[0].output)]
+    results = [(f"what layer {layer} computes", states[index + 1], expected[0].output)]
     if layer == chosen[-1]:  # the last of all layers
         results.append(("the last hidden states", states[-1], expected[-1].output))
     return results

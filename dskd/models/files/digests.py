@@ -8,7 +8,7 @@ from typing import Any
 
 from dskd.artifacts import kinds
 from dskd.artifacts.hashing import MANIFEST_NAME, digest_of_json, sha256_of_file
-from dskd.artifacts.manifest import read_manifest, write_json
+from dskd.artifacts.manifest import Manifest, read_manifest, write_json
 from dskd.config import Config
 from dskd.errors import UserError
 from dskd.models.files.weights import WEIGHTS_INDEX, tensor_files
@@ -59,6 +59,24 @@ def digest_of_model(folder: Path, cache: Path) -> str:
             raise UserError(f"{folder / name}: {WEIGHTS_INDEX} names this file, but it is missing; fetch it again")
     hashes = hashes_of(paths.values(), cache)
     return digest_of_json({name: hashes[path] for name, path in paths.items()})
+
+
+def require_made_files(config: Config, folder: Path, manifest: Manifest) -> None:
+    """Checks that the files of a teacher in the work directory are those that were made; hashes each file once.
+
+    What is made with it names it by the digest in the manifest, so a changed file would otherwise pass for it.
+
+    Raises:
+        UserError: naming the file that has changed.
+    """
+    hashes = hashes_of([folder / name for name in manifest.files], cache=digest_cache(config, "teacher"))
+    for name, entry in manifest.files.items():
+        if hashes[folder / name] != entry["sha256"]:
+            raise UserError(
+                f"{folder / name}: this teacher has changed since it was made (sha256 {hashes[folder / name][:12]}…, "
+                f"expected {entry['sha256'][:12]}…); remove {folder} and make it again with "
+                f"`{kinds.TEACHER.made_by}`"
+            )
 
 
 def hashes_of(paths: Iterable[Path], cache: Path) -> dict[Path, str]:

@@ -20,7 +20,14 @@ from dskd.artifacts.manifest import read_manifest
 from dskd.artifacts.pointers import refuse_pointer
 from dskd.config import Config
 from dskd.errors import UserError, first_line, listed, reason_of
-from dskd.models.files.digests import digest_cache, digest_of_model, gguf_digest, gguf_path, hashes_of
+from dskd.models.files.digests import (
+    digest_cache,
+    digest_of_model,
+    gguf_digest,
+    gguf_path,
+    hashes_of,
+    require_made_files,
+)
 from dskd.models.files.gguf_file import require_gguf_file
 from dskd.models.files.model_config import condition_of_code, read_model_config
 from dskd.models.files.weights import WEIGHTS_FILE, WEIGHTS_INDEX
@@ -186,9 +193,9 @@ def _find_model(
     unhashed = ModelFolder(folder, "", trust_remote_code, named_by=key)
     # Check everything that is quick before the files are hashed, which takes minutes for a large model.
     check_limits(config, folder, unhashed.load_config(), unhashed.tokenizer)
-    found = replace(unhashed, digest=digest_of_model(folder, cache=digest_cache(config, section)))
-    vars(found)["tokenizer"] = unhashed.tokenizer  # it is not loaded again
-    return found
+    hashed = replace(unhashed, digest=digest_of_model(folder, cache=digest_cache(config, section)))
+    vars(hashed)["tokenizer"] = unhashed.tokenizer  # it is not loaded again
+    return hashed
 
 
 def _find_made_teacher(config: Config) -> ModelFolder:
@@ -221,10 +228,11 @@ def _find_made_teacher(config: Config) -> ModelFolder:
             f"{folder}: this teacher was made with other files of teacher.tokenizer: {config.teacher.tokenizer} (its "
             f"tokenizer, special tokens or chat template); make it again with `{kinds.TEACHER.made_by}`"
         )
-    found = ModelFolder(folder, manifest.digest, config.teacher.trust_remote_code)
+    require_made_files(config, folder, manifest)
+    model = ModelFolder(folder, manifest.digest, config.teacher.trust_remote_code)
     if is_gguf:
-        check_limits(config, folder, found.load_config(), found.tokenizer)
-    return found
+        check_limits(config, folder, model.load_config(), model.tokenizer)
+    return model
 
 
 def tokenizer_files_digest(config: Config) -> str:
@@ -243,8 +251,8 @@ def tokenizer_files_digest(config: Config) -> str:
         manifest = read_manifest(folder, kinds.TEACHER.name)
         if manifest.config.get("tokenizer") == named and "tokenizer" in manifest.inputs:
             return manifest.inputs["tokenizer"]
-    found = find_tokenizer_folder(named)
-    files = {file.name: file for pattern in _FILES_OF_TOKENIZERS for file in found.glob(pattern)}
+    source = find_tokenizer_folder(named)
+    files = {file.name: file for pattern in _FILES_OF_TOKENIZERS for file in source.glob(pattern)}
     hashes = hashes_of(files.values(), cache=digest_cache(config, "teacher"))
     return digest_of_json({name: hashes[path] for name, path in files.items()})
 

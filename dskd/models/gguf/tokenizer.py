@@ -143,14 +143,14 @@ def compare_tokenizers(named: Any, file: GgufFile, name: str) -> str:
     except UserError as problem:
         return f"the same {len(tokens):,} tokens as in the file; not compared further, because {_short(problem, file)}"
     differ = sum(_ids(named, text) != _ids(own, text) for text in PROBES)
-    found = [
+    differences = [
         f"the same {len(tokens):,} tokens as in the file, and {differ or 'none'} of {len(PROBES)} texts split "
         "differently"
     ]
     for attribute in ("bos_token", "eos_token"):
         if (theirs := getattr(named, attribute)) != (file_token := getattr(own, attribute)):
-            found.append(f"its {attribute} is {theirs!r}, the file's {file_token!r}")
-    return "; ".join(found)
+            differences.append(f"its {attribute} is {theirs!r}, the file's {file_token!r}")
+    return "; ".join(differences)
 
 
 def vocabulary_rows(file: GgufFile) -> int:

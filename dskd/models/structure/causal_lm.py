@@ -127,13 +127,13 @@ def load_resident(
     With `first_layer` and `num_layers` it has only some layers, as :func:`build_sharded` says.
     """
 
-    def place(parameter: nn.Parameter, tensor: torch.Tensor | None) -> nn.Parameter:
+    def to_device(parameter: nn.Parameter, tensor: torch.Tensor | None) -> nn.Parameter:
         assert tensor is not None, "every rank reads"
         value = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
         return nn.Parameter(value.copy_(tensor), requires_grad=value.is_floating_point())
 
     causal_lm = empty_model(folder, dtype, first_layer=first_layer, num_layers=num_layers)
-    _fill(causal_lm, folder, world, place, first_layer=first_layer)
+    _fill(causal_lm, folder, world, to_device, first_layer=first_layer)
     return causal_lm.eval()
 
 

@@ -64,5 +64,5 @@ def _names_after_last_layer(causal_lm: Any) -> set[str] | None:
             base_model(twin)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception:  # a model that reads a value may raise anything
         return None
-    last = max((place for place, name in enumerate(ran) if LAYER_NAME.search(f"{name}.")), default=None)
+    last = max((index for index, name in enumerate(ran) if LAYER_NAME.search(f"{name}.")), default=None)
     return None if last is None else set(ran[last + 1 :])

@@ -19,6 +19,12 @@ from dskd.shards.schema import ANTONYM_ROWS, OWN_ROWS, SYNONYM_ROWS
 _COLUMNS = {"own": OWN_ROWS, "synonym": SYNONYM_ROWS, "antonym": ANTONYM_ROWS}
 
 
+def most_candidates(loss: LossConfig, kappa: int) -> tuple[int, int]:
+    """Returns the largest numbers of candidates with this loss: C of each position, and S that are drawn for all."""
+    of_all = loss.sense_random_candidates if "random" in loss.sense_candidates else 0
+    return kappa * len(_COLUMNS.keys() & set(loss.sense_candidates)), of_all
+
+
 @dataclass(frozen=True)
 class CandidateRows:
     """The rule that selects candidate rows: a function of seed, step and sample, not of rank or micro-batch."""

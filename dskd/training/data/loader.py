@@ -27,7 +27,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dskd import shards
 from dskd.artifacts import kinds
+from dskd.artifacts.disk_space import DISK_IS_FULL
+from dskd.artifacts.mds import INDEX
 from dskd.config import Config
+from dskd.console import gigabytes
 from dskd.distributed import stopping
 from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError, reason_of
@@ -122,13 +125,25 @@ class Unreadable:
     def of(cls, error: Exception, config: Config) -> "Unreadable":
         """Describes the error that occurred while a shard of the training data was read."""
         folder = config.path(kinds.SHARDS.folder, "train")
+        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+            size = sum(entry["size_bytes"] for entry in shards.load_manifest(config, "train").files.values())
+            return cls(
+                f"train.shard_cache: the disk is full to which this node copies or unpacks the shards of the training "
+                f"data, {gigabytes(size)} or more ({reason_of(error)}); set it to a folder with room for them, or free "
+                "space there, and continue with --resume",
+                is_temporary=True,
+            )
         if config.train.shard_remote is None:
             # Without its removal, annotation would skip it as up to date: it compares sizes, and not contents.
             again = (
                 f"If there is no copy of it, remove {folder} and make the shards again with `{kinds.SHARDS.made_by}`"
             )
-        else:
+        elif (folder / INDEX).is_file():
             again = f"{folder} has the same files, and `dskd inspect shards --config FILE` compares their content"
+        else:  # only the manifests are here
+            again = (
+                f"If there is no copy of it, make the shards again with `{kinds.SHARDS.made_by}` and copy them there"
+            )
         return cls(
             f"{shards.location_of(config, 'train')}: a shard of the training data cannot be read ({reason_of(error)}); "
             f"restore the file, or your access to it, and continue with --resume. {again}",
@@ -229,7 +244,7 @@ def shorter_shards_named(config: Config) -> Iterator[None]:
 def _find_changed_size(config: Config) -> ValueError | None:
     """Returns the error of the first shard in the work directory that has another size than its index says."""
     folder = config.path(kinds.SHARDS.folder, "train")
-    for shard in json.loads((folder / "index.json").read_text())["shards"]:
+    for shard in json.loads((folder / INDEX).read_text())["shards"]:
         file, size = folder / shard["raw_data"]["basename"], shard["raw_data"]["bytes"]
         if file.is_file() and file.stat().st_size != size:  # a compressed shard has only its other file there
             return ValueError(f"{file} has {file.stat().st_size:,} bytes, but the index says {size:,}")

@@ -145,17 +145,17 @@ class PackedStep:
         pieces: list[tuple[_Place, torch.Tensor]] = []
         size = 0
 
-        def place(value: Any) -> Any:
+        def reserve(value: Any) -> Any:
             nonlocal size
             if isinstance(value, dict):
-                return {name: place(part) for name, part in value.items() if not _is_left_out(name, part)}
+                return {name: reserve(part) for name, part in value.items() if not _is_left_out(name, part)}
             where = _Place(-(-size // _ALIGNMENT) * _ALIGNMENT, value.dtype, tuple(value.shape))
             size = where.stop
             if isinstance(value, torch.Tensor):
                 pieces.append((where, value))
             return where
 
-        layout = [place(batch) for batch in micro_batches]
+        layout = [reserve(batch) for batch in micro_batches]
         buffer = _empty_buffer(size)
         for where, value in pieces:
             where.view_of(buffer).copy_(value)
@@ -163,11 +163,11 @@ class PackedStep:
         to_read: list[StatesToRead | RowsToRead] = []
         for batch, places in zip(micro_batches, layout, strict=True):
             rows = {name: value for name, value in batch.items() if isinstance(value, RowsInFiles)}
-            places.update({name: place(value) for name, value in rows.items()})
+            places.update({name: reserve(value) for name, value in rows.items()})
             to_read += _states_to_read(rows, places)
             for name, value in batch.get("senses", {}).items():
                 if isinstance(value, RowsOfDictionary):
-                    where = places["senses"][name] = place(value)
+                    where = places["senses"][name] = reserve(value)
                     to_read.append(RowsToRead(value, where.start, where.stop))
         sample_ids = [batch[_ON_HOST].tolist() for batch in micro_batches]
         return cls(buffer, layout, sample_ids, count_positions(micro_batches), to_read, size)
@@ -193,10 +193,10 @@ class PackedStep:
     def unpack(self, sense_bank: torch.Tensor | None = None) -> StepBatches:
         """Returns the micro-batches as views of the buffer, with `sense_bank`, if given, as their sense rows."""
 
-        def view(place: Any) -> Any:
-            if isinstance(place, dict):
-                return {name: view(part) for name, part in place.items()}
-            return place.view_of(self.buffer)
+        def view(layout: Any) -> Any:
+            if isinstance(layout, dict):
+                return {name: view(part) for name, part in layout.items()}
+            return layout.view_of(self.buffer)
 
         batches = [
             view(layout) | {_ON_HOST: torch.tensor(ids)}

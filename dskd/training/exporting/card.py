@@ -16,6 +16,7 @@ from typing import Any
 
 from dskd.artifacts.files import write_text
 from dskd.config import LossConfig
+from dskd.errors import counted
 from dskd.losses.terms import minimised_terms
 from dskd.models.files.folder import MODEL_CARD_NAME
 from dskd.students.spacing import as_text
@@ -151,10 +152,6 @@ def _plain(text: Any) -> str:
     return html.escape(re.sub(r"[\\\[\]*_|]", r"\\\g<0>", str(text)), quote=False).replace("`", "'")
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def _teacher_name(card: Mapping[str, Any]) -> str:
     return _plain(card.get("teacher", {}).get("name", ""))
 
@@ -167,7 +164,7 @@ def _summary(card: Mapping[str, Any]) -> str:
         else ""
     )
     return (
-        f"A language model of {_counted(card['student']['num_layers'], 'layer')}, distilled from a larger one, the "
+        f"A language model of {counted(card['student']['num_layers'], 'layer')}, distilled from a larger one, the "
         f"teacher{with_senses}. It was made with `dskd`. Nobody has examined what it says: expect errors, and the "
         "teacher's biases."
     )
@@ -187,7 +184,7 @@ def _made(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _teacher(teacher: Mapping[str, Any] | None) -> str:
     if teacher is None:
         return "not known: it was not on the machine that exported the model"
-    what = f"{teacher['architecture']}, {_counted(teacher['layers'], 'layer')}"
+    what = f"{teacher['architecture']}, {counted(teacher['layers'], 'layer')}"
     if teacher["origin"] == "scratch":
         return f"trained from scratch on the same text ({what})"
     if teacher["origin"] == "hub":
@@ -210,7 +207,7 @@ def _teacher(teacher: Mapping[str, Any] | None) -> str:
 def _student(card: Mapping[str, Any]) -> str:
     student, trained = card["student"], _trained(card["training"]["trained"])
     if student["origin"] == "from_config":
-        return f"{_counted(student['num_layers'], 'layer')}, which began with random weights; {trained}"
+        return f"{counted(student['num_layers'], 'layer')}, which began with random weights; {trained}"
     if student["origin"] == "path":
         return f"began as {_plain(student.get('name', 'another pretrained model'))}; {trained}"
     of = f" of {card['teacher']['layers']}" if "teacher" in card else ""
@@ -237,12 +234,12 @@ def _text(text: Mapping[str, Any]) -> str:
         name = f"[{_plain(text['dataset'])}](https://huggingface.co/datasets/{text['dataset']})"
     if "benchmarks" in text:
         name += f" ({', '.join(text['benchmarks'])})"
-    return f"{name}; a corpus of {_counted(text['documents'], 'document')}"
+    return f"{name}; a corpus of {counted(text['documents'], 'document')}"
 
 
 def _lexicon(lexicon: Mapping[str, Mapping[str, int]]) -> str:
     return "; ".join(
-        f"{_plain(source)} ({', '.join(_counted(count, f'{relation} pair') for relation, count in counts.items())})"
+        f"{_plain(source)} ({', '.join(counted(count, f'{relation} pair') for relation, count in counts.items())})"
         for source, counts in lexicon.items()
     )
 
@@ -267,7 +264,7 @@ def _loss(loss: LossConfig) -> str:
 
 
 def _training(training: Mapping[str, Any], rounding: float | None) -> str:
-    text = f"{_counted(training['steps'], 'step')} of {_counted(training['global_batch_size'], 'sequence')}"
+    text = f"{counted(training['steps'], 'step')} of {counted(training['global_batch_size'], 'sequence')}"
     if "sequence_length" in training:
         tokens = training["sequences"] * training["sequence_length"]
         text += f" of up to {training['sequence_length']:,} tokens ({tokens:,} in all, at most)"

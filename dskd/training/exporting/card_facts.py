@@ -55,10 +55,10 @@ def _on_this_machine(config: Config) -> ModelFolder:
         return find_teacher(config)
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(named.path, "config.json", revision=named.revision)
-    if not isinstance(found, str):
+    cached = try_to_load_from_cache(named.path, "config.json", revision=named.revision)
+    if not isinstance(cached, str):
         raise UserError(f"teacher.path: {named.path} was not fetched from the Hub to this machine")
-    folder = Path(found).parent
+    folder = Path(cached).parent
     check_model_folder(folder, named_by="teacher.path", trust_remote_code=named.trust_remote_code)
     digest = digest_of_model(folder, cache=digest_cache(config, "teacher"))
     return ModelFolder(folder, digest, named.trust_remote_code)
@@ -200,8 +200,8 @@ def _of_gguf(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hub_names(urls: list[Any]) -> list[str]:
-    found = [_HUB_URL.fullmatch(url) for url in urls if isinstance(url, str)]
-    return [match[1] for match in found if match]
+    matches = [_HUB_URL.fullmatch(url) for url in urls if isinstance(url, str)]
+    return [match[1] for match in matches if match]
 
 
 def _student(student: ModelFolder) -> dict[str, Any]:

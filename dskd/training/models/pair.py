@@ -18,7 +18,7 @@ from dskd.models.running.frozen import FrozenModel, load_frozen
 from dskd.models.running.precision import compute_dtype
 from dskd.models.structure.causal_lm import destroy_engine, fits_without_upper_layers
 from dskd.models.structure.trunk import HandOver, TrunkError, refuse_if_required, require_same_shapes, trunk_depth
-from dskd.shards import TEACHER_STATES, TRUNK_STATES
+from dskd.shards import TEACHER_STATES, TRUNK_STATES, StoredStates
 from dskd.training.models.student import load_student
 from dskd.training.models.teacher_source import TeacherSource, reads_logits
 from dskd.training.models.trunk_check import LayerRun, StoredTrunk, difference, run_counterpart, run_trunk_once
@@ -201,7 +201,8 @@ def _depth(config: Config, teacher: ModelFolder, student: ModelFolder, source: T
             no_source=source.missing_trunk,
         )
         if depth and source.reads_trunk:
-            depth = _stored_depth(source, depth)
+            assert source.stored is not None
+            depth = starting_depth(source.stored, depth, count=len(kept))
         if depth:
             require_same_shapes(student, depth)
         if depth and source.reads_trunk and not fits_without_upper_layers(student, depth + 1):
@@ -212,20 +213,25 @@ def _depth(config: Config, teacher: ModelFolder, student: ModelFolder, source: T
         return 0, kept
 
 
-def _stored_depth(source: TeacherSource, depth: int) -> int:
-    """Returns the depth of the stored trunk, which is at most `depth`, that of the run's own.
+def starting_depth(stored: StoredStates, depth: int, *, count: int) -> int:
+    """Returns the number of layers that the student of a run does not compute, because the shards have their output.
+
+    Args:
+        stored: the states in the shards, with `trunk_states`.
+        depth: the number of lowest layers that the run shares with the teacher.
+        count: the number of the student's layers.
 
     Raises:
-        TrunkError: if it is more.
+        TrunkError: if the stored states enter a layer above those.
     """
-    assert source.stored is not None
-    if source.stored.trunk_depth > depth:
+    if stored.trunk_depth > depth:
         raise TrunkError(
-            f"the trunk_states of the shards enter layer {source.stored.trunk_depth}, but this run shares only the "
-            f"{'lowest layer' if depth == 1 else f'lowest {depth} layers'} with the teacher; to store those that enter "
-            f"layer {depth}, make the shards again with `{kinds.SHARDS.made_by}` and the section student of this run"
+            f"the trunk_states of the shards enter layer {stored.trunk_depth}, but this run shares only the "
+            f"{'lowest layer' if depth == 1 else f'lowest {depth} layers'} with the teacher; with those that enter "
+            f"layer {depth}, a step would compute {count - depth} of its {count} layers; to store them, make the "
+            f"shards again with `{kinds.SHARDS.made_by}` and the section student of this run"
         )
-    return source.stored.trunk_depth
+    return stored.trunk_depth
 
 
 def _refuse_or_report(config: Config, problem: str) -> None:

@@ -6,7 +6,7 @@ from tiny_models import word_tokenizer
 from tiny_wordnet import write_wordnet
 
 from dskd.config import CorpusConfig
-from dskd.corpus.written.prompts import THOUGHTS, Prompter
+from dskd.corpus.written.prompts import THOUGHTS, WritingPrompter
 from dskd.corpus.written.requests import Request, Sense, find_senses, make_requests
 from dskd.errors import UserError
 from dskd.lexicon.wordnet import open_wordnet
@@ -57,11 +57,11 @@ def test_seeds_differ_between_senses_texts_and_experiments():
 
 def test_a_chat_model_is_asked_with_its_template_and_a_base_model_gets_a_beginning():
     tokenizer = word_tokenizer(["bank"])
-    plain = Prompter(tokenizer, 0)
+    plain = WritingPrompter(tokenizer, 0)
     assert not plain.is_chat
     assert plain.text(BANK) == ('bank (noun): sloping land beside water.\nA text that uses "bank" in this sense:\n')
     tokenizer.chat_template = CHAT_TEMPLATE
-    chat = Prompter(tokenizer, 0)
+    chat = WritingPrompter(tokenizer, 0)
     assert chat.is_chat
     assert chat.text(BANK) == f"user {chat.question(BANK)} assistant "
     assert chat.question(BANK).startswith('"bank" (noun) means: sloping land beside water.\n\nWrite ')
@@ -72,22 +72,25 @@ def test_special_tokens_are_written_once(tmp_path):
     write_job(tmp_path)
     tokenizer = load_tokenizer(tmp_path / "teacher")
     request = Request(Sense("hot", "hot.a.01", "a", "cold"), 0)
-    assert Prompter(tokenizer, 0).tokens(request) == tokenizer(Prompter(tokenizer, 0).text(request))["input_ids"]
+    assert (
+        WritingPrompter(tokenizer, 0).tokens(request)
+        == tokenizer(WritingPrompter(tokenizer, 0).text(request))["input_ids"]
+    )
 
 
 def test_only_the_first_paragraph_of_a_base_models_text_is_its_answer():
     tokenizer = word_tokenizer(["bank"])
     text = "  One.\nStill one.\n\nAnother text."
-    assert Prompter(tokenizer, 0).answer(text, BANK) == "One.\nStill one."
+    assert WritingPrompter(tokenizer, 0).answer(text, BANK) == "One.\nStill one."
     tokenizer.chat_template = CHAT_TEMPLATE
-    assert Prompter(tokenizer, 0).answer(text, BANK) == "One.\nStill one.\n\nAnother text."
-    assert Prompter(tokenizer, 0).answer("half \ud800 a pair", BANK) == ""
+    assert WritingPrompter(tokenizer, 0).answer(text, BANK) == "One.\nStill one.\n\nAnother text."
+    assert WritingPrompter(tokenizer, 0).answer("half \ud800 a pair", BANK) == ""
 
 
 def test_thoughts_are_not_part_of_an_answer_whether_they_end_or_not():
     tokenizer = word_tokenizer(["bank"])
     tokenizer.chat_template = CHAT_TEMPLATE
-    chat = Prompter(tokenizer, 0)
+    chat = WritingPrompter(tokenizer, 0)
     assert chat.answer("<think>How?</think>\n\nSo.", BANK) == "So."
     assert chat.answer("<think>\nOkay, the user wants a bank. It", BANK) == THOUGHTS
     assert chat.answer("<think>One.</think>Two.<think>Three.", BANK) == THOUGHTS
@@ -96,7 +99,7 @@ def test_thoughts_are_not_part_of_an_answer_whether_they_end_or_not():
 def test_thoughts_that_begin_in_the_prompt_are_not_an_answer():
     tokenizer = word_tokenizer(["bank"])
     tokenizer.chat_template = CHAT_TEMPLATE + "<think>\n"
-    chat = Prompter(tokenizer, 0)
+    chat = WritingPrompter(tokenizer, 0)
     assert chat.answer("Okay, the user wants a bank. It", BANK) == THOUGHTS
     assert chat.answer("Okay.\n</think>\n\nThe bank.", BANK) == "The bank."
     # As in Qwen3: the template closes the thoughts itself if none are wanted.
@@ -111,4 +114,4 @@ def test_a_template_that_refuses_the_question_is_named():
     tokenizer = word_tokenizer(["bank"])
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(UserError, match="its chat template refuses a chat of one question"):
-        Prompter(tokenizer, 0).text(BANK)
+        WritingPrompter(tokenizer, 0).text(BANK)

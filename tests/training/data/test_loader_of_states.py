@@ -1,5 +1,6 @@
 """The loader on shards with stored states: they reach the step bit for bit, and changed files are refused."""
 
+import errno
 import gc
 import os
 import shutil
@@ -17,12 +18,12 @@ from dskd.artifacts.building import build_artifact
 from dskd.artifacts.hashing import hash_files
 from dskd.artifacts.manifest import Recipe
 from dskd.config import Config
-from dskd.errors import UserError
+from dskd.errors import OutageError, UserError
 from dskd.shards import COLUMNS, join_blocks
 from dskd.shards.sample_files import SampleReader
 from dskd.shards.writing import write_block
 from dskd.training.data.collator import Collator
-from dskd.training.data.loader import load_steps
+from dskd.training.data.loader import Unreadable, load_steps
 
 STATES = {"teacher_states": torch.bfloat16, "trunk_states": torch.float32}
 
@@ -178,6 +179,34 @@ def test_shards_that_are_not_packed_are_copied_only_to_a_cache_that_the_config_n
     assert len(list((tmp_path / "cache" / "train").glob("*.mds"))) == 3
 
 
+def test_a_cache_without_room_for_the_shards_is_named(with_states, tmp_path, monkeypatch):
+    folder, _ = with_states
+    config = config_of(folder)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"shard_cache": str(tmp_path)})})
+    copy = shutil.copy
+
+    def copy_until_full(source, target, **options):
+        if "shard.00002" in str(source):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        return copy(source, target, **options)
+
+    monkeypatch.setattr(shutil, "copy", copy_until_full)
+    collate = Collator(None, None, micro_batch_size=2, states=STATES)
+    message = r"train\.shard_cache: the disk is full to which .* (MB|GB) or more \(.*No space.*set it to a folder with"
+    with pytest.raises(OutageError, match=message):
+        list(load_steps(config, SCHEDULE, collate, tmp_path / "cache", ONE_RANK, start_step=0))
+
+
+def test_a_remote_copy_that_is_damaged_is_made_again_if_there_is_no_other(with_states, tmp_path):
+    folder, _ = with_states
+    config = config_of(folder)
+    remote = config.train.model_copy(update={"shard_remote": str(folder / "shards")})
+    bare = config.model_copy(update={"train": remote, "workdir": str(tmp_path)})
+    error = FileNotFoundError("gone")
+    assert "dskd inspect shards" in Unreadable.of(error, bare.model_copy(update={"workdir": str(folder)})).message
+    assert "make the shards again with `deepspeed" in Unreadable.of(error, bare).message
+
+
 def test_any_number_of_shards_is_read_with_few_open_files(with_states, tmp_path, monkeypatch):
     folder, samples = with_states
     monkeypatch.setattr("dskd.shards.sample_files._OPEN_FILES", 1)
@@ -269,9 +298,10 @@ def test_at_the_start_only_the_index_and_the_sizes_of_stored_states_are_compared
     start()  # found when the sample is read
     index = target / "index.json"
     written = index.read_text()
-    index.write_text(written.replace('"version": 2', '"version": 3'))
-    with pytest.raises(UserError, match=r"index\.json: the content is not what the manifest says"):
-        start()
+    for old, new in (('"version": 2', '"version": 3'), ('"mds"', '"mdt"'), ("{", "[")):
+        index.write_text(written.replace(old, new, 1))
+        with pytest.raises(UserError, match=r"index\.json: the content is not what the manifest says.* make it again"):
+            start()
     index.write_text(written)
     # An index without the hashes of samples, as of shards that were made before: all files are read.
     manifest = shards.load_manifest(config, "train")

@@ -1,5 +1,6 @@
 """The shared trunk only saves work: losses, gradients and exports are those of separate models."""
 
+import itertools
 import json
 
 import pytest
@@ -20,7 +21,9 @@ from dskd.corpus.sequences import position_ids_of
 from dskd.errors import UserError
 from dskd.losses.head import Normalizers
 from dskd.models.structure.trunk import TrunkError, trunk_depth
+from dskd.shards import StoredStates
 from dskd.students.student import build_student, find_student
+from dskd.training.models.pair import starting_depth
 from dskd.training.models.teacher_source import TeacherSource
 from dskd.training.models.trunk_check import run_trunk_once
 
@@ -150,6 +153,37 @@ def _depth(kept=(0, 1, 2, 3), *, same_teacher=True, tied=False, loss=None, mode=
     )
     no_source = TeacherSource.planned(config).missing_trunk
     return trunk_depth(config.student, kept=kept, same_teacher=same_teacher, tied=tied, no_source=no_source)
+
+
+def _choices(count):
+    """All non-empty choices of `count` numbers from 0, ascending."""
+    return [choice for size in range(1, count + 1) for choice in itertools.combinations(range(count), size)]
+
+
+def test_a_run_starts_from_stored_states_only_if_its_frozen_layers_compute_them():
+    """Every student of a teacher of four layers, and every choice of trained layers, with the shards of every other.
+
+    The states that enter a student's layer d are those of its layers below, so they are the stored ones, of the
+    teacher's layers 0 to d - 1, if these are the same layers, and not trained.
+    """
+    depths = {}
+    for kept in _choices(4):
+        for trained in _choices(len(kept)):
+            try:
+                depths[kept, trained] = _depth(kept, layers=kept, train_layers=trained)
+            except TrunkError:
+                depths[kept, trained] = 0
+    assert sorted(set(depths.values())) == [0, 1, 2, 3]
+    shared = {(kept, trained): depth for (kept, trained), depth in depths.items() if depth}
+    for d in range(1, 4):
+        stored = StoredStates(("trunk_states",), "float32", 8, d)
+        for (kept, trained), depth in shared.items():
+            computes_them = kept[:d] == tuple(stored.trunk_layers) and d < len(kept) and min(trained) >= d
+            if computes_them:
+                assert starting_depth(stored, depth, count=len(kept)) == d
+            else:
+                with pytest.raises(TrunkError, match=rf"a step would compute {len(kept) - depth} of its {len(kept)} l"):
+                    starting_depth(stored, depth, count=len(kept))
 
 
 def test_the_trunk_is_the_frozen_layers_that_are_lowest_in_both_models():
