@@ -11,7 +11,7 @@ from dskd.models.structure.trained import choose_trained
 from dskd.models.structure.trunk import TrunkError, refuse_if_required, trunk_depth
 from dskd.plan.architecture import Architecture, architecture_of_student
 from dskd.shards import TRUNK_STATES
-from dskd.shards.stored_states import stored_trunk_depth
+from dskd.shards.storing_states import stored_trunk_depth
 from dskd.students.spacing import choose_layers, chosen_layers, require_removable
 from dskd.training.models.teacher_source import TeacherSource, reads_logits
 from dskd.training.models.width_map import has_width_map

@@ -12,7 +12,7 @@ neither synonym nor antonym.
 
 Three options use the teacher further. With `annotation.continuation_tokens` it first continues the training texts
 (:mod:`dskd.shards.continuations`). With `annotation.teacher_top_n` its most probable tokens at each position are stored
-(:mod:`dskd.models.running.readouts`), and with `annotation.store` its states (:mod:`dskd.shards.stored_states`). If
+(:mod:`dskd.models.running.readouts`), and with `annotation.store` its states (:mod:`dskd.shards.storing_states`). If
 gathering has kept the states of the training text (:mod:`dskd.shards.reading`), the teacher does not read it again.
 
 The result is a set of streaming shards, written in blocks of sequences. A block's size does not depend on the ranks, so
@@ -53,7 +53,7 @@ from dskd.shards.schema import (
     StoredStates,
 )
 from dskd.shards.search import Searcher
-from dskd.shards.stored_states import (
+from dskd.shards.storing_states import (
     columns_of_states,
     describe_stored,
     require_space,

@@ -6,8 +6,8 @@ same text again. If annotation will store states, a :class:`ReadingKeeper` write
 annotation, which removes the folder. It is never published. If annotation cannot use it, the teacher runs again.
 
 The name of a file is the number of its first sequence. It has `lengths` [B] int32, and each stored column [R, D]: the
-states of its B sequences one after the other, as :func:`dskd.shards.stored_states.columns_of_states` returns them. R is
-the sum of the lengths.
+states of its B sequences one after the other, as :func:`dskd.shards.storing_states.columns_of_states` returns them. R
+is the sum of the lengths.
 """
 
 import bisect
@@ -41,7 +41,7 @@ from dskd.senses.build import DictionaryInputs, build_senses
 from dskd.shards.blocks import WritingThread
 from dskd.shards.recipe import AnnotationInputs, open_inputs, stale_splits
 from dskd.shards.schema import TEACHER_STATES, TRUNK_STATES, StoredStates
-from dskd.shards.stored_states import (
+from dskd.shards.storing_states import (
     columns_of_states,
     plan_stored,
     require_space,

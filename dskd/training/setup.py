@@ -32,8 +32,8 @@ from dskd.training.inputs import (
     verify_inputs,
 )
 from dskd.training.models.pair import ModelPair, load_pair
+from dskd.training.prepared_run import Run
 from dskd.training.records import datasets_of, describe_run, report_teacher, tags_of
-from dskd.training.run import Run
 from dskd.training.schedule import Schedule, plan_schedule
 from dskd.training.width_fit import fit_width_map
 

@@ -17,8 +17,8 @@ from dskd.senses.dictionary import dictionary_folder
 from dskd.training.checkpoints.writing import save_checkpoint
 from dskd.training.data.loader import shorter_shards_named
 from dskd.training.freed_memory import keep_freed_memory
+from dskd.training.prepared_run import Run
 from dskd.training.records import TrainingProgress, ended_in_mlflow
-from dskd.training.run import Run
 from dskd.training.setup import set_up
 from dskd.training.step import train_step
 

@@ -304,8 +304,8 @@ def _examine_experts(folder: Path, lengths: Sequence[int], world: World) -> None
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
-    from dskd.models.files.stored_names import base_model
     from dskd.models.running.frozen import Decoder
+    from dskd.models.structure.base_model import base_model
     from dskd.models.structure.causal_lm import build_sharded, engine_settings
 
     config = Config(
