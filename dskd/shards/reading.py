@@ -7,7 +7,7 @@ annotation, which removes the folder. It is never published. If annotation canno
 
 The name of a file is the number of its first sequence. It has `lengths` [B] int32, and each stored column [R, D]: the
 states of its B sequences one after the other, as :func:`dskd.shards.storing_states.columns_of_states` returns them. R
-the sum of the lengths.
+is the sum of the lengths.
 """
 
 import bisect
