@@ -16,7 +16,7 @@ SHOWN_DIGITS = 12
 
 @dataclass(frozen=True)
 class Group:
-    """Runs with the same settings, under a name that is unique in the comparison."""
+    """A group of runs with the same settings, under a name that is unique in the comparison."""
 
     name: str
     runs: Sequence[TrackedRun]

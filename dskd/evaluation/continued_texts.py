@@ -64,7 +64,7 @@ def settings(config: Config, requests: Sequence[Request]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Texts to continue: token ids [B, T], and how many tokens of each row are the prompt [B] and the document [B].
+    """The texts to continue: token ids [B, T], and how many tokens of each row are the prompt [B] and the document [B].
 
     `num_tokens` is the number of tokens that a model adds, and T - 1 the last position that it uses. `texts` are shown
     as the prompts, if there are any, and otherwise the tokens.

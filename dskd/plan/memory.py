@@ -21,7 +21,7 @@ from dskd.plan.activations import Activations, Batch, loaded_tensors, student_ac
 from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import Gathered, gather
-from dskd.plan.shapes import Shapes, Student
+from dskd.plan.shapes import Shapes, StudentShapes
 from dskd.plan.stored import columns_read, loads_teacher, reads_states
 from dskd.plan.student_memory import student_bytes
 from dskd.senses.dictionary import VALUE_BYTES
@@ -111,7 +111,7 @@ def compute_memory(
     cluster: Cluster,
     architecture: Architecture,
     teacher: Shapes,
-    student: Student,
+    student: StudentShapes,
     *,
     micro_batch_size: int,
     accumulation_steps: int,
@@ -168,7 +168,7 @@ def compute_memory(
 
 
 def _activations(
-    config: Config, cluster: Cluster, architecture: Architecture, student: Student, batch: Batch
+    config: Config, cluster: Cluster, architecture: Architecture, student: StudentShapes, batch: Batch
 ) -> Activations:
     """Measures the student's activations; `architecture` is the teacher's."""
     of_teacher, of_student = architecture.values(), student.architecture.values()
@@ -212,7 +212,7 @@ def _batches(
 
 
 def gather_models(
-    config: Config, cluster: Cluster, architecture: Architecture, teacher: Shapes, student: Student
+    config: Config, cluster: Cluster, architecture: Architecture, teacher: Shapes, student: StudentShapes
 ) -> tuple[Gathered | None, Gathered]:
     """Simulates what ZeRO-3 gathers of teacher and student for a micro-batch; None if no teacher is sharded."""
     small, small_of_student = (

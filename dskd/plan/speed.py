@@ -16,7 +16,7 @@ from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import Gathered
 from dskd.plan.running import experts_per_token
-from dskd.plan.shapes import Shapes, Student
+from dskd.plan.shapes import Shapes, StudentShapes
 from dskd.plan.stored import columns_read, loads_teacher
 from dskd.training.models.teacher_source import TeacherSource, reads_logits
 from dskd.training.models.width_map import has_width_map
@@ -42,7 +42,7 @@ def compute_speed(
     cluster: Cluster,
     architecture: Architecture,
     teacher: Shapes,
-    student: Student,
+    student: StudentShapes,
     teacher_gathered: Gathered | None,
     student_gathered: Gathered,
     *,
@@ -76,7 +76,7 @@ def compute_speed(
     )
 
 
-def read_bytes_per_token(config: Config, architecture: Architecture, student: Student, size: int) -> int:
+def read_bytes_per_token(config: Config, architecture: Architecture, student: StudentShapes, size: int) -> int:
     """Returns the bytes of stored states that training reads for a token; `size` is that of a number."""
     return len(columns_read(config, student.trunk)) * size * int(architecture.values()["hidden_size"])
 
@@ -122,7 +122,9 @@ def _offload_s(config: Config, cluster: Cluster, teacher: Shapes, size: int) -> 
     return 0.0
 
 
-def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes, student: Student) -> dict[str, float]:
+def flops_per_token(
+    config: Config, architecture: Architecture, teacher: Shapes, student: StudentShapes
+) -> dict[str, float]:
     """Returns the FLOPs of a training step per token, by part of the step."""
     values, values_of_student = architecture.values(), student.architecture.values()
     with_teacher, length = loads_teacher(config), config.corpus.sequence_length
