@@ -60,7 +60,7 @@ class Term:
         return tuple(name for name in inputs if name != "lexical_marks" or loss.lexical_weight != 1)
 
     def key_that_reads(self, name: Input, loss: "LossConfig") -> tuple[str, str]:
-        """Returns the key that makes it read this input, with its value, and the change after which it no longer would."""
+        """Returns the key that makes it read this input, with its value, and the change after which it would not."""
         if name in self.reads:
             return f"loss.{self.weight} {getattr(loss, self.weight):g}", f"loss.{self.weight} to 0"
         return f"loss.sense_form: {loss.sense_form}", "loss.sense_form to distance"

@@ -127,8 +127,10 @@ def make_plan(
         relations=relations,
         bank_rows=dictionary_rows(config, architecture),
     )
-    of_teacher, of_student = gather_models(config, cluster, architecture, teacher, student)
-    speed = compute_speed(config, cluster, architecture, teacher, student, of_teacher, of_student, **batches)
+    teacher_gathered, student_gathered = gather_models(config, cluster, architecture, teacher, student)
+    speed = compute_speed(
+        config, cluster, architecture, teacher, student, teacher_gathered, student_gathered, **batches
+    )
     comparison = compare_with_stored_states(
         config, cluster, architecture, teacher, student.trunk, **batches, samples=samples
     )

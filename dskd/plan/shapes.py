@@ -135,12 +135,12 @@ def _other_student(config: Config, teacher: Architecture) -> StudentShapes:
     """Returns the student that is another model than the teacher, of which training loads all."""
     architecture = architecture_of_student(config, teacher)
     architecture.check(config)
-    values, of_teacher = architecture.values(), teacher.values()
+    values, teacher_values = architecture.values(), teacher.values()
     layers = list(range(values["num_hidden_layers"]))
     whole = _Cut.of(architecture, tuple(layers), 0, config.student)
     reads_matrix = reads_logits(TeacherSource.planned(config).kind, config.loss)
-    matrix = of_teacher["vocab_size"] * of_teacher["hidden_size"] * reads_matrix
-    shapes, own, width = whole.shapes, values["hidden_size"], of_teacher["hidden_size"]
+    matrix = teacher_values["vocab_size"] * teacher_values["hidden_size"] * reads_matrix
+    shapes, own, width = whole.shapes, values["hidden_size"], teacher_values["hidden_size"]
     if has_width_map(config.loss, own, width):
         shapes = Shapes((*shapes.modules, (Weight("width_map.weight", own * width, True, True),)))
     why = config.student.why_no_trunk
