@@ -76,7 +76,7 @@ def open_inputs(config: Config, teacher: ModelFolder) -> HeldOutInputs:
 def recipe(config: Config, candidate: Candidate, inputs: HeldOutInputs) -> Recipe:
     """Returns everything that a model's measures depend on; the batch size is not part of it."""
     return Recipe(
-        "evaluation",
+        kinds.EVALUATION.name,
         {"model": candidate.folder.digest, "shards": inputs.validation.digest, "senses": inputs.senses.digest},
         {"precision": resolve_precision(config.precision), **continued_texts.settings(config, inputs.requests)},
         inputs.teacher.digest,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, Recipe
 from dskd.config import Config
 from dskd.console import say
@@ -65,7 +66,7 @@ def recipe(config: Config, candidate: Candidate, inputs: HeldOutInputs, items: M
     """Returns everything that a model's results depend on; the batch size is not part of it."""
     evaluated = held_out_text.recipe(config, candidate, inputs)
     return Recipe(
-        "lexical",
+        kinds.LEXICAL.name,
         {**evaluated.inputs, "items": items.digest},
         {"precision": resolve_precision(config.precision)},
         evaluated.teacher,
