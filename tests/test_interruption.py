@@ -75,8 +75,8 @@ def test_kills_at_random_times_leave_nothing_half_written_and_change_no_byte(pre
     config = _copy(prepared, tmp_path)
     work = _work(config)
     if stage == "shards":
+        # Without the kept states: with them annotation would end before it can be killed.
         shutil.copytree(_work(reference) / "senses", work / "senses")
-        shutil.copytree(reference.parent / READING, work / READING)
     choose = random.Random(stage)
     for number in range(KILLS):
         (process,) = _start(stage, config)
@@ -95,8 +95,6 @@ def test_kills_at_random_times_leave_nothing_half_written_and_change_no_byte(pre
     assert "resuming" in _log(config)  # the last start continued a killed build
     if stage == "senses":
         assert _kept(work) == _kept(reference.parent)
-    else:
-        assert not (work / READING).exists()
 
 
 @pytest.fixture(scope="module")
