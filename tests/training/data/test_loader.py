@@ -193,18 +193,14 @@ def test_a_worker_that_is_killed_ends_the_run_with_an_error(folder, tmp_path):
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
-def test_a_worker_that_dies_while_it_hands_over_a_step_is_reported_as_any_other(error):
+def test_a_worker_that_dies_while_it_hands_over_a_step_is_reported_as_any_other(error, tmp_path):
     class Loader:
         def __iter__(self):
             yield from ()
             raise error
 
-    class Shards:
-        def find_changed_size(self):
-            return None
-
     with pytest.raises(RuntimeError, match="worker exited unexpectedly"):
-        list(_steps_in(Loader(), None, Shards()))
+        list(_steps_in(Loader(), None, tmp_path))
 
 
 def test_the_next_step_is_copied_while_one_runs():
