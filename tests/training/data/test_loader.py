@@ -281,6 +281,7 @@ def test_workers_end_with_a_rank_that_is_killed_wherever_they_wait(folder, tmp_p
 
     class Waiting:
         shuffle_seed = 0
+        folder = None
 
         def load_state_dict(self, state):
             pass
