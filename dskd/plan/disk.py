@@ -6,7 +6,7 @@ from dskd.config import Config
 from dskd.models.checks.room import FLOAT32_BYTES
 from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
-from dskd.plan.shapes import Shapes, Student
+from dskd.plan.shapes import Shapes, StudentShapes
 from dskd.plan.stored import stored_in_shards
 from dskd.senses.dictionary import VALUE_BYTES
 from dskd.shards import StoredStates, sample_bytes
@@ -33,7 +33,7 @@ def compute_disk(
     cluster: Cluster,
     architecture: Architecture,
     teacher: Shapes,
-    student: Student,
+    student: StudentShapes,
     *,
     samples: int | None,
     steps: int | None,

@@ -58,7 +58,7 @@ def recipe(config: Config, inputs: DictionaryInputs) -> Recipe:
     states = states_recipe(config, inputs)
     settings = {key: value for key, value in config.senses.as_dict().items() if key not in _NOT_IN_RECIPE}
     return Recipe(
-        "senses",
+        kinds.SENSES.name,
         {"lexicon": inputs.lexicon.digest, **states.inputs},
         {**states.config, **settings},
         teacher=states.teacher,
@@ -72,7 +72,7 @@ def states_recipe(config: Config, inputs: DictionaryInputs) -> Recipe:
     for key in (*_NOT_SAMPLING, *_NOT_IN_RECIPE):
         del settings[key]
     return Recipe(
-        "states",
+        kinds.STATES.name,
         {"sequences": inputs.text.digest},
         settings | {"seed": config.seed, "precision": resolve_precision(config.precision)},
         teacher=inputs.teacher.digest,

@@ -96,7 +96,7 @@ def recipe(config: Config, split: str, inputs: AnnotationInputs) -> Recipe:
     else:
         del settings["continuation_tokens"]
     return Recipe(
-        "shards",
+        kinds.SHARDS.name,
         {"senses": inputs.senses.digest, "sequences": inputs.text.digest},
         settings,
         teacher=inputs.teacher.digest,

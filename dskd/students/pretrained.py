@@ -66,8 +66,8 @@ def _require_all_tokens(teacher: ModelFolder, student: ModelFolder) -> None:
         UserError: if it has fewer.
     """
     size, needed = vocabulary_size(student.load_config()), max(teacher.tokenizer.get_vocab().values()) + 1
-    if (of_teacher := vocabulary_size(teacher.load_config())) is not None:
-        needed = min(needed, of_teacher)
+    if (teacher_size := vocabulary_size(teacher.load_config())) is not None:
+        needed = min(needed, teacher_size)
     if size is not None and size < needed:
         raise UserError(
             f"student.path: {student.path} has {size} tokens (vocab_size of its config.json), 0 to {size - 1}, and "

@@ -39,7 +39,7 @@ _ROOM = 2.0  # times the weights: keys and values, logits, and what else is in t
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings: the maximum number of new tokens, the temperature and top-p."""
+    """The sampling settings: the maximum number of new tokens, the temperature and top-p."""
 
     max_new_tokens: int
     temperature: float

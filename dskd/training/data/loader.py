@@ -36,7 +36,7 @@ from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError, reason_of
 from dskd.random_numbers import derived_seed
 from dskd.shards.sample_files import find_changed_size
-from dskd.training.data.packed_step import Blocks, CudaCopier, FileReader, PackedStep, StepBatches, copy_ahead
+from dskd.training.data.packed_step import Buffers, CudaCopier, FileReader, PackedStep, StepBatches, copy_ahead
 from dskd.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 Collate = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
 
 PREFETCHED_STEPS = 2  # per worker
-COMPLETED_STEPS = 3  # blocks with all of a step that a rank holds: of the step that runs, the next, and the one after
+COMPLETED_STEPS = 3  # buffers with all of a step that a rank holds: of the step that runs, the next, and the one after
 
 
 def load_steps(
@@ -246,11 +246,11 @@ def _complete_ahead(steps: Iterator[PackedStep], config: Config, *, pinned: bool
 
     On a GPU (`pinned`), it also copies steps without them to page-locked memory.
     """
-    reader, blocks = FileReader(), Blocks(pinned=pinned)
+    reader, buffers = FileReader(), Buffers(pinned=pinned)
 
     def complete(step: PackedStep) -> PackedStep:
         try:
-            return step.complete(reader, blocks) if step.to_read or pinned else step
+            return step.complete(reader, buffers) if step.to_read or pinned else step
         except (OSError, ValueError) as error:
             raise Unreadable.of(error, config).as_error() from None
 

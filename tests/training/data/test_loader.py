@@ -19,7 +19,7 @@ from dskd.shards import require_teacher_cache
 from dskd.training.data.collator import Collator
 from dskd.training.data.distribution_candidates import CandidateRows
 from dskd.training.data.loader import _steps_in
-from dskd.training.data.packed_step import Blocks, Counts, CudaCopier, PackedStep, copy_ahead, count_positions
+from dskd.training.data.packed_step import Buffers, Counts, CudaCopier, PackedStep, copy_ahead, count_positions
 from dskd.training.data.positions import SensePositions
 from dskd.training.data.sense_bank import copy_in_pieces, load_bank, require_room
 
@@ -154,17 +154,17 @@ def test_a_packed_step_unpacks_to_the_same_step(folder):
     assert all(same(batch, unpacked) for batch, unpacked in zip(batches, step.micro_batches, strict=True))
 
 
-def test_a_block_is_used_again_only_when_no_tensor_refers_to_it():
-    blocks = Blocks(pinned=False)
-    first = blocks.take(1000)
+def test_a_buffer_is_used_again_only_when_no_tensor_refers_to_it():
+    buffers = Buffers(pinned=False)
+    first = buffers.take(1000)
     place, part = first.data_ptr(), first[100:200].view(torch.float32)
     del first
-    second = blocks.take(500)
+    second = buffers.take(500)
     part.fill_(1)
     second.fill_(0)
     assert part.sum() == 25
     del part
-    third = blocks.take(900)
+    third = buffers.take(900)
     assert third.data_ptr() == place
     assert len(third) == 900
 
