@@ -39,7 +39,7 @@ from dskd.shards.annotate import annotate_batch
 from dskd.shards.blocks import WritingThread, shard_format_of
 from dskd.shards.schema import TEACHER_STATES, TRUNK_STATES, StoredStates
 from dskd.shards.search import Searcher
-from dskd.shards.stored_states import plan_stored
+from dskd.shards.storing_states import plan_stored
 from dskd.shards.text_reader import TextReader
 from dskd.shards.writing import BlockWriter
 

@@ -35,7 +35,7 @@ from dskd.models.structure.trunk import HandOver
 from dskd.senses.dictionary import load_dictionary
 from dskd.shards.annotate import annotate_batch
 from dskd.shards.search import Searcher
-from dskd.shards.stored_states import plan_stored
+from dskd.shards.storing_states import plan_stored
 from dskd.shards.text_reader import TextReader
 from dskd.shards.writing import BlockWriter, ShardFormat
 

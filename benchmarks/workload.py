@@ -40,7 +40,7 @@ from dskd.models.structure.trained import trained_layers
 from dskd.models.structure.trunk import HandOver
 from dskd.senses.dictionary import FILE as DICTIONARY_FILE
 from dskd.shards.schema import LARGEST_SHARD, TEACHER_STATES, TRUNK_STATES, StoredStates
-from dskd.shards.stored_states import columns_of_states, plan_stored
+from dskd.shards.storing_states import columns_of_states, plan_stored
 from dskd.shards.writing import write_block
 from dskd.students.student import build_student
 from dskd.training.data.loader import load_steps

@@ -25,11 +25,12 @@ from dskd.distributed.world import leave_launcher
 VERBS = (lexicon, student, export, config, wordnet, smollm2, status, preflight, compare, inspect, plan, senses)
 ACTIONS = {"inspect": "WHAT", "senses": "ACTION"}  # verbs with verbs of their own, and what their help calls these
 # The programs of launcher/, which users may try as verbs.
-PROGRAMS = ("write_texts", "build_senses", "annotate", "train", "evaluate", "pipeline")
-DESCRIPTION = """
-Decoder-based sense knowledge distillation. These verbs run in one process; the stages that run on several ranks are
-started with DeepSpeed's launcher: `deepspeed launcher/{write_texts,build_senses,annotate,train,evaluate}.py --config
-FILE`, or all in order with `python launcher/pipeline.py --config FILE`.
+RANK_PROGRAMS = ("write_texts", "build_senses", "annotate", "train", "evaluate")
+PROGRAMS = (*RANK_PROGRAMS, "pipeline")
+DESCRIPTION = f"""
+Decoder-based sense knowledge distillation. All verbs but preflight run in one process; the stages that run on several
+ranks are started with DeepSpeed's launcher: `deepspeed launcher/{{{",".join(RANK_PROGRAMS)}}}.py
+--config FILE`, or all in order with `python launcher/pipeline.py --config FILE`.
 """
 
 

@@ -10,14 +10,16 @@ examples:
   deepspeed --num_gpus 2 launcher/build_senses.py --config configs/quickstart.yaml senses.k=5
 
 Any number of ranks gives the same dictionary. `dskd lexicon` and launcher/pipeline.py make what it reads. A dictionary
-that is up to date is left as it is.
+that is up to date is left as it is. If launcher/annotate.py will store states (annotation.store), those of the whole
+text are kept for it.
 """
 
 
 def build(config: Config, world: World, *, force: bool) -> None:
-    from dskd.senses.build import build_senses  # imported here so that --help does not wait for DeepSpeed
+    # Imported here so that --help does not wait for DeepSpeed.
+    from dskd.shards.reading import build_senses_and_keep_states
 
-    build_senses(config, world, force=force)
+    build_senses_and_keep_states(config, world, force=force)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from dskd.config import LossConfig
 from dskd.config.reading import load_config
 from dskd.losses.head import DistillationHead, Normalizers
 from dskd.losses.terms import SUMS
-from dskd.models.files.stored_names import base_model
 from dskd.models.running.frozen import Decoder
+from dskd.models.structure.base_model import base_model
 from dskd.senses.kmeans import kmeans
 from dskd.students.importance import Text, measure_blocks
 from dskd.training.train import train

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 ARTIFACTS = {"senses": ("senses",), "shards": tuple(f"shards/{split}" for split in SPLITS)}
 # The files that a stage saves while it works, from which the next start resumes.
 PROGRESS = {"senses": ".states.partial/progress.json", "shards": "shards/.*.partial/.blocks/*/block.json"}
+READING = ".reading.partial"  # what gathering keeps for annotation
 KILLS = 3
 
 
@@ -63,6 +64,8 @@ def undisturbed(prepared, tmp_path_factory):
         started = time.monotonic()
         assert _finish(processes) == [0], _log(config)
         seconds[stage] = time.monotonic() - started
+        if stage == "senses":
+            shutil.copytree(_work(config) / READING, config.parent / READING)  # annotation removes it
     return config, seconds
 
 
@@ -72,6 +75,7 @@ def test_kills_at_random_times_leave_nothing_half_written_and_change_no_byte(pre
     config = _copy(prepared, tmp_path)
     work = _work(config)
     if stage == "shards":
+        # Without the kept states: with them annotation would end before it can be killed.
         shutil.copytree(_work(reference) / "senses", work / "senses")
     choose = random.Random(stage)
     for number in range(KILLS):
@@ -89,6 +93,8 @@ def test_kills_at_random_times_leave_nothing_half_written_and_change_no_byte(pre
     assert _finish(_start(stage, config, ranks=ranks)) == [0] * ranks, _log(config)
     assert _content(work, stage) == _content(_work(reference), stage)
     assert "resuming" in _log(config)  # the last start continued a killed build
+    if stage == "senses":
+        assert _kept(work) == _kept(reference.parent)
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +114,14 @@ def test_three_ranks_resume_where_one_was_killed(killed, undisturbed, tmp_path):
     assert "resuming after" in _log(config)
     facts, expected = (read_manifest(_work(c) / "senses", "senses", made_by="").facts for c in (config, reference))
     assert facts == expected
+    assert _kept(_work(config)) == _kept(reference.parent)
 
 
 def test_a_kill_while_shards_are_published_costs_no_annotation(prepared, undisturbed, tmp_path):
     reference, _ = undisturbed
     config = _copy(prepared, tmp_path)
     shutil.copytree(_work(reference) / "senses", _work(config) / "senses")
+    shutil.copytree(reference.parent / READING, _work(config) / READING)
     assert _finish(_start("shards", config, dies_in_hashing=True)) == [-signal.SIGKILL]
     assert not (_work(config) / "shards" / "train").exists()
     assert _finish(_start("shards", config)) == [0], _log(config)
@@ -165,6 +173,11 @@ def _start(stage: str, config: Path, ranks: int = 1, **options) -> list[Rank]:
 
 def _finish(processes: list[Rank]) -> list[int]:
     return [process.wait(120) for process in processes]
+
+
+def _kept(work: Path) -> dict[str, bytes]:
+    """The kept states, by their files."""
+    return {file.name: file.read_bytes() for file in (work / READING).iterdir()}
 
 
 def _content(work: Path, stage: str) -> dict[str, bytes]:

@@ -86,11 +86,18 @@ class Building:
             OutageError: if another process is still building the same artifact after `LOCK_PATIENCE_S`.
         """
         _hold(self.path)
-        recipe = digest_of_json([asdict(self.recipe), KINDS[self.recipe.kind].schema_version, package_versions()])
-        recipe_file = self.folder / _RECIPE_NAME
-        if not recipe_file.is_file() or recipe_file.read_text(encoding="utf-8") != recipe:
+        if not self.can_resume():
             self.clear()
-            recipe_file.write_text(recipe, encoding="utf-8")
+            (self.folder / _RECIPE_NAME).write_text(self._recipe_digest, encoding="utf-8")
+
+    def can_resume(self) -> bool:
+        """Returns True if `folder` has what an interrupted build of exactly the same recipe left."""
+        recipe_file = self.folder / _RECIPE_NAME
+        return recipe_file.is_file() and recipe_file.read_text(encoding="utf-8") == self._recipe_digest
+
+    @property
+    def _recipe_digest(self) -> str:
+        return digest_of_json([asdict(self.recipe), KINDS[self.recipe.kind].schema_version, package_versions()])
 
     def publish(self, hashes: Mapping[str, str] = MappingProxyType({})) -> Manifest:
         """Writes the manifest and puts the folder in its place, replacing an older artifact.

@@ -48,6 +48,9 @@ STUDENT = Kind("student", "student", "dskd student --config FILE", 1, "is no stu
 STATES = Kind(
     "states", "states", "deepspeed launcher/build_senses.py --config FILE", 1, "are no states here; make them"
 )
+READING = Kind(
+    "reading", "reading", "deepspeed launcher/build_senses.py --config FILE", 1, "are no kept states here; keep them"
+)
 SENSES = Kind(
     "senses", "senses", "deepspeed launcher/build_senses.py --config FILE", 1, "is no sense dictionary here; make it"
 )

@@ -23,7 +23,8 @@ examples:
 """
 WORD_DESCRIPTION = """
 One word: its relations with their sources, its tokens, whether it is a usable head, and for each of its senses the
-number of its states, the nearest other entries of the sense dictionary (L2), and contexts from the training shards.
+number of its states, the nearest other entries of the sense dictionary (L2), and contexts from the training shards. A
+usable head is a single token of three letters or more that has a synonym or an antonym in the sense dictionary.
 """
 LEXICON_DESCRIPTION = """
 The lexicon: pairs by source, the pairs dropped and why, how many of the vocabulary's words it covers, and the pairs
@@ -48,7 +49,7 @@ def add_parser(verbs: argparse._SubParsersAction) -> None:
     inspect = add_verb(verbs, "inspect", run_inspect, text=HELP, epilog=EPILOG)
     what = inspect.add_subparsers(dest="what", required=True, metavar="WHAT")
     word = what.add_parser("word", help="everything about one word", description=WORD_DESCRIPTION)
-    _add_arguments(word, "WORD", "one word (quote one with a space in it); also ")
+    _add_arguments(word, "WORD", "the word, in quotes if it contains a space; overrides may follow; ")
     word.add_argument(
         "--neighbours", type=whole_number(0), default=8, metavar="N", help="nearest entries of each sense [8]"
     )

@@ -16,8 +16,8 @@ from dskd.plan.known_models import KNOWN_MODELS
 
 HELP = "predict what a job needs: memory, time and disk; exit code 3 if it will not fit"
 DESCRIPTION = """
-Predicts what training needs on the given machines: memory of each GPU and host, tokens/s, hours, and disk. It reads
-only the teacher's config.json and your configuration, no weights. GB are 2^30 bytes. Tokens/s and hours are those of
+Predicts what training needs on the given machines: memory of each GPU and node, tokens/s, hours, and disk. It reads
+only the teacher's config.json and your configuration, no weights. 1 GB is 2^30 bytes. Tokens/s and hours are those of
 training.
 
 If the job will not fit, in training or in an earlier stage that has not run yet, the exit code is 3, and the smallest

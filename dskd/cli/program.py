@@ -24,6 +24,7 @@ from dskd.config.reading import load_config
 from dskd.console import allow_any_text, say
 from dskd.distributed.shared_memory import describe_shortage
 from dskd.distributed.stopping import Stopped, StopRequest, deferred, ignore, listen
+from dskd.distributed.torch_errors import is_lack_of_shared_memory
 from dskd.distributed.world import World, current_rank, is_main_process, launched_ranks
 from dskd.errors import (
     FAULT_EXIT_CODE,
@@ -238,9 +239,7 @@ def run_on_ranks(
         except RuntimeError as error:  # torch raises it for a failed collective, among other things
             lost = peers.find_lost()
             if lost is None:
-                # torch reports so that a loader's worker had no room for a batch, or died of a bus error.
-                is_shortage = "shared memory" in str(error) or "Bus error" in str(error)
-                if is_shortage and (shortage := describe_shortage(is_known=True)):
+                if is_lack_of_shared_memory(error) and (shortage := describe_shortage(is_known=True)):
                     raise UserError(f"{shortage}. Completed files are kept") from error
                 raise
             raise LostPeerError(

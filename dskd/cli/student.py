@@ -7,8 +7,8 @@ from dskd.config.reading import load_config
 
 HELP = "make the student (cut from the teacher, a copy of another model, or a new one), and write WORKDIR/student"
 EXPLAIN_HELP = (
-    "cut nothing; measure the teacher's layers on training sequences, and show which layers each spacing keeps, as a "
-    "table and as WORKDIR/plots/layers.png"
+    "only measure the teacher's layers on training sequences, and show which layers each spacing keeps, as a table and "
+    "as WORKDIR/plots/layers.png, without making a student"
 )
 EPILOG = """examples:
   dskd student --config configs/quickstart.yaml

@@ -19,7 +19,7 @@ from dskd.tracking import TrackedRun
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups of runs and their results. `final`, `best` and `histories` are {metric: {run id: value}}."""
+    """The groups of runs and their results. `final`, `best` and `histories` are {metric: {run id: value}}."""
 
     config: Config
     groups: Sequence[Group]

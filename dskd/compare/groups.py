@@ -16,7 +16,7 @@ SHOWN_DIGITS = 12
 
 @dataclass(frozen=True)
 class Group:
-    """Runs with the same settings, under a name that is unique in the comparison."""
+    """A group of runs with the same settings, under a name that is unique in the comparison."""
 
     name: str
     runs: Sequence[TrackedRun]
@@ -33,8 +33,8 @@ class Group:
 
     def estimate(self, values: Mapping[str, float]) -> Estimate | None:
         """Returns the mean over seeds, with its interval, from {run id: value}; None if no run has a value."""
-        of_runs = [values[run.run_id] for run in self.runs if run.run_id in values]
-        return Estimate.of(of_runs) if of_runs else None
+        run_values = [values[run.run_id] for run in self.runs if run.run_id in values]
+        return Estimate.of(run_values) if run_values else None
 
     def by_seed(self, values: Mapping[str, float]) -> dict[str, list[float]]:
         """Returns {seed: values of its runs}, from {run id: value}."""

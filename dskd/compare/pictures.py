@@ -17,6 +17,7 @@ from dskd.compare import wording
 from dskd.compare.comparison import Comparison
 from dskd.compare.group_tests import Test
 from dskd.compare.metrics import CURVES, EVALUATED, History
+from dskd.evaluation.models import TEACHER, UNTRAINED_STUDENT
 
 _SMOOTHING = 0.9  # decay of the exponential mean that is drawn over the raw curve
 _PIXELS_AN_INCH = 93  # on a screen; with it, three panels fill the page
@@ -137,7 +138,7 @@ def _bars(comparison: Comparison, metrics: Sequence[str]) -> Figure:
         panel.set_yticks(range(len(groups)), [_short(group.label) for group in groups], parse_math=False)
         panel.set_ylim(len(groups) - 0.5, -0.5)
         limit = 1.45 * right if right > 0 else 1.0
-        for name, style in (("teacher", "dashed"), ("student", "dotted")):
+        for name, style in ((TEACHER, "dashed"), (UNTRAINED_STUDENT, "dotted")):
             if references.get(name) is not None and references[name] <= limit:
                 panel.axvline(references[name], color=_FAINT, linestyle=style, linewidth=1.2)
         panel.set_xlim(0, limit)

@@ -22,6 +22,7 @@ from dskd.compare.pictures import bars_svg, curves_svg, differences_svg, paint, 
 from dskd.compare.statistics import INTERVAL
 from dskd.compare.tables import Row, Table
 from dskd.errors import UserError, counted
+from dskd.evaluation.models import LABELS, TEACHER, UNTRAINED_STUDENT
 from dskd.tracking import git_commit
 
 TEMPLATE = "report.html.jinja"
@@ -129,8 +130,8 @@ def _references_note(comparison: Comparison) -> str:
     lines = [
         text
         for name, text in (
-            ("teacher", "dashed: the teacher"),
-            ("student", "dotted: the student before training"),
+            (TEACHER, f"dashed: the {LABELS[TEACHER]}"),
+            (UNTRAINED_STUDENT, f"dotted: the {LABELS[UNTRAINED_STUDENT]}"),
         )
         if name in comparison.references
     ]

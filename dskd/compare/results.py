@@ -104,33 +104,33 @@ def _comparable(
     names = {run.run_id: run.name for run in runs}
     notes = []
     for name in dict.fromkeys(measure.name for table in tables.values() for measure in table.measures):
-        of_runs = {
+        run_measures = {
             run_id: measure for run_id, table in tables.items() for measure in table.measures if measure.name == name
         }
         by_data: dict[str | None, list[str]] = {}
-        for run_id, measure in of_runs.items():
+        for run_id, measure in run_measures.items():
             by_data.setdefault(measure.data, []).append(names[run_id])
         if len(by_data) > 1:
             sides = "; ".join(f"{str(digest)[:12]}: {', '.join(of)}" for digest, of in by_data.items())
             notes.append(f"{name} left out: the runs have different teachers or sense embeddings ({sides})")
             measures.pop(name, None)
-        elif not _same_counts(tables, of_runs):
+        elif not _same_counts(tables, run_measures):
             notes.append(f"{name} left out: some runs count it at other positions, because their relations differ")
             measures.pop(name, None)
         else:
-            measures[name] = next(iter(of_runs.values()))
+            measures[name] = next(iter(run_measures.values()))
     order = [measure.name for measure in held_out_text.MEASURES]
     return sorted(measures.values(), key=lambda m: order.index(m.name) if m.name in order else len(order)), notes
 
 
-def _same_counts(tables: Mapping[str, Examples], of_runs: Mapping[str, Measure]) -> bool:
+def _same_counts(tables: Mapping[str, Examples], run_measures: Mapping[str, Measure]) -> bool:
     """Returns True if a measure has the same count on each example in all tables.
 
     Tables with different examples are not compared here; the tests on examples report them.
     """
     first, *others = (
         dict(zip(tables[run_id].ids, tables[run_id].columns[measure.count].tolist(), strict=True))
-        for run_id, measure in of_runs.items()
+        for run_id, measure in run_measures.items()
     )
     return all(counts == first for counts in others if counts.keys() == first.keys())
 

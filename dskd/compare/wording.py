@@ -71,9 +71,9 @@ def estimate(metric: str, estimated: Estimate | None) -> str:
     return f"{text.removesuffix(' %')} ± {number(metric, estimated.half_width)}"
 
 
-def best(metric: str, group: Group, of_runs: Mapping[str, Best]) -> str:
+def best(metric: str, group: Group, bests_by_run: Mapping[str, Best]) -> str:
     """Formats the best value, as a mean over seeds, and the range of the steps at which the runs had it."""
-    bests = [of_runs[run.run_id] for run in group.runs if run.run_id in of_runs]
+    bests = [bests_by_run[run.run_id] for run in group.runs if run.run_id in bests_by_run]
     if not bests:
         return "-"
     steps = sorted({best_of_run.step for best_of_run in bests})

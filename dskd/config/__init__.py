@@ -53,7 +53,9 @@ def _usable_name(name: str) -> str:
             f"{len(name)}; shorten it"
         )
     if name in ("teacher", "student"):
-        raise ValueError(f"{name!r} is what evaluations call another model; choose another name for the run")
+        raise ValueError(
+            f"{name!r} is reserved: evaluations use this name for another model; choose another name for the run"
+        )
     return name
 
 

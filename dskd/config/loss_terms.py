@@ -25,8 +25,8 @@ class Term:
     """A number that the output head sums over positions, and that is reported as a mean."""
 
     name: str
-    # A number of positions (:class:`dskd.training.data.packed_step.Counts`), or a sum of the head. A minimised term,
-    # too, is divided by it, so there it is a field of :class:`dskd.losses.head.Normalizers`.
+    # A number of positions (:class:`dskd.training.data.packed_step.Counts`), or a sum of the head. Minimised terms
+    # are divided by it too, so for them it names a field of :class:`dskd.losses.head.Normalizers`.
     mean_over: str
     label: str  # in pictures and comparisons
     weight: str  # the key of `loss` with its weight; of a part or an indicator, with the weight of its term
@@ -60,7 +60,7 @@ class Term:
         return tuple(name for name in inputs if name != "lexical_marks" or loss.lexical_weight != 1)
 
     def key_that_reads(self, name: Input, loss: "LossConfig") -> tuple[str, str]:
-        """Returns the key due to which it reads this input, with its value, and the change without which it would."""
+        """Returns the key that makes it read this input, with its value, and the change after which it would not."""
         if name in self.reads:
             return f"loss.{self.weight} {getattr(loss, self.weight):g}", f"loss.{self.weight} to 0"
         return f"loss.sense_form: {loss.sense_form}", "loss.sense_form to distance"

@@ -28,7 +28,7 @@ _INSTRUCTION_KEYS = (
 
 
 class RepeatedKeyError(Exception):
-    """Raised when an object has the same key twice."""
+    """The error that is raised when an object has the same key twice."""
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def recipe(config: Config, tokenizer_digest: str) -> Recipe:
     if config.corpus.source == "chat":
         keys.append("long_chats")
     return Recipe(
-        "sequences",
+        kinds.SEQUENCES.name,
         {"corpus": documents.digest},
         {key: config.corpus.as_dict()[key] for key in keys},
         tokenizer=tokenizer_digest,

@@ -126,11 +126,11 @@ def make_own_folder(parent: Path) -> Path:
         OSError: if `parent` is not writable.
     """
     _remove_abandoned(parent)
-    made = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
-    lock = (made / _LOCK_NAME).open("w")
+    unlocked = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
+    lock = (unlocked / _LOCK_NAME).open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     # Rename it only now that it is locked: under this name others would otherwise consider it abandoned.
-    folder = made.rename(parent / made.name.replace(".new-", "job-"))
+    folder = unlocked.rename(parent / unlocked.name.replace(".new-", "job-"))
     atexit.register(_release, folder, lock)  # the argument also keeps the file open, and with it the lock
     return folder
 

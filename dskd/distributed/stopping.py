@@ -42,7 +42,7 @@ def listen() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[StopRequest]:
-    """Records requests during the block instead of raising, for work that stops at points of its own choice.
+    """Records requests during the block instead of raising, for work that stops only at certain points.
 
     If a request arrived in the block, requests after the block are ignored: senders repeat them, and they would
     interrupt the code that follows.

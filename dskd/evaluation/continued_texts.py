@@ -64,7 +64,7 @@ def settings(config: Config, requests: Sequence[Request]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Texts to continue: token ids [B, T], and how many tokens of each row are the prompt [B] and the document [B].
+    """The texts to continue: token ids [B, T], and how many tokens of each row are the prompt [B] and the document [B].
 
     `num_tokens` is the number of tokens that a model adds, and T - 1 the last position that it uses. `texts` are shown
     as the prompts, if there are any, and otherwise the tokens.
@@ -177,9 +177,9 @@ def write_continuations(
     if (table := read_file(teachers, CONTINUATIONS_TABLE)) is not None:
         written = json.loads(table)
         prompt, index = written["columns"].index(_PROMPT), written["columns"].index("teacher")
-        of_teacher = {row[prompt]: row[index] for row in written["data"]}
+        teacher_texts = {row[prompt]: row[index] for row in written["data"]}
         # An earlier version may have let the teacher continue other texts. Overwritten below if this is the teacher.
-        columns["teacher"] = [of_teacher.get(text, "") for text in columns[_PROMPT]]
+        columns["teacher"] = [teacher_texts.get(text, "") for text in columns[_PROMPT]]
     columns[name] = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in continuations]
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
     write_json(folder / CONTINUATIONS_TABLE, {"columns": list(columns), "data": rows})

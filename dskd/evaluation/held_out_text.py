@@ -32,7 +32,7 @@ from dskd.distributed.node_cache import open_node_cache
 from dskd.distributed.world import World
 from dskd.evaluation import continued_texts, suite
 from dskd.evaluation.evaluations import HELD_OUT
-from dskd.evaluation.models import TEACHER, Candidate, candidates, load_candidate, same_on_all_ranks
+from dskd.evaluation.models import TEACHER, EvaluatedModel, candidates, load_candidate, same_on_all_ranks
 from dskd.evaluation.scores_by_example import Examples, Measure, save_examples
 from dskd.evaluation.suite import EXAMPLES_FILE, Measurement, Outcome
 from dskd.models.files.folder import ModelFolder
@@ -73,10 +73,10 @@ def open_inputs(config: Config, teacher: ModelFolder) -> HeldOutInputs:
     return HeldOutInputs(teacher, dictionary, senses, validation, continued_texts.read_requests(config, teacher))
 
 
-def recipe(config: Config, candidate: Candidate, inputs: HeldOutInputs) -> Recipe:
+def recipe(config: Config, candidate: EvaluatedModel, inputs: HeldOutInputs) -> Recipe:
     """Returns everything that a model's measures depend on; the batch size is not part of it."""
     return Recipe(
-        "evaluation",
+        kinds.EVALUATION.name,
         {"model": candidate.folder.digest, "shards": inputs.validation.digest, "senses": inputs.senses.digest},
         {"precision": resolve_precision(config.precision), **continued_texts.settings(config, inputs.requests)},
         inputs.teacher.digest,
@@ -84,7 +84,7 @@ def recipe(config: Config, candidate: Candidate, inputs: HeldOutInputs) -> Recip
     )
 
 
-def _measurements(config: Config, models: Sequence[Candidate], inputs: HeldOutInputs) -> list[Measurement]:
+def _measurements(config: Config, models: Sequence[EvaluatedModel], inputs: HeldOutInputs) -> list[Measurement]:
     reads = [config.path(kinds.SHARDS.folder, "validation")]
     return [Measurement(HELD_OUT, model, recipe(config, model, inputs), reads) for model in models]
 
@@ -100,7 +100,7 @@ def are_current(config: Config, teacher: ModelFolder | None = None) -> bool:
 
 
 def evaluate(
-    config: Config, world: World, models: Sequence[Candidate] | None = None, *, force: bool = False
+    config: Config, world: World, models: Sequence[EvaluatedModel] | None = None, *, force: bool = False
 ) -> HeldOutInputs:
     """Measures models whose measures are not up to date, or with `force` all, and writes `WORKDIR/evaluation/NAME`.
 

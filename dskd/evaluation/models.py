@@ -22,7 +22,7 @@ LABELS = {TEACHER: "teacher", UNTRAINED_STUDENT: "student before training"}  # i
 
 
 @dataclass(frozen=True)
-class Candidate:
+class EvaluatedModel:
     """A model to evaluate."""
 
     name: str
@@ -31,13 +31,13 @@ class Candidate:
     step: int = 0  # the training step that was exported
 
 
-def candidates(config: Config, teacher: ModelFolder | None = None) -> list[Candidate]:
+def candidates(config: Config, teacher: ModelFolder | None = None) -> list[EvaluatedModel]:
     """Returns the teacher, the student before training, and those of the config's runs that have an export.
 
     `teacher` is the config's, if it was found before.
     """
     teacher = teacher or find_teacher(config)
-    models = [Candidate(TEACHER, teacher), Candidate(UNTRAINED_STUDENT, find_student(config))]
+    models = [EvaluatedModel(TEACHER, teacher), EvaluatedModel(UNTRAINED_STUDENT, find_student(config))]
     for run in config.run_names:
         if config.path(kinds.EXPORT.folder, run).is_dir():
             folder, manifest = export.find_export(config, run)
@@ -48,11 +48,11 @@ def candidates(config: Config, teacher: ModelFolder | None = None) -> list[Candi
                 between=f"{folder.path} and what is here now",
                 remedy=f"train and export it again, or remove {folder.path}",
             )
-            models.append(Candidate(run, folder, manifest.facts["mlflow_run_id"], manifest.facts["step"]))
+            models.append(EvaluatedModel(run, folder, manifest.facts["mlflow_run_id"], manifest.facts["step"]))
     return models
 
 
-def choose(config: Config, models: Sequence[Candidate], names: Sequence[str] | None) -> list[Candidate]:
+def choose(config: Config, models: Sequence[EvaluatedModel], names: Sequence[str] | None) -> list[EvaluatedModel]:
     """Returns the models with these names, or all of them if `names` is None. Raises a UserError when a
     name has no model.
     """
@@ -64,7 +64,7 @@ def choose(config: Config, models: Sequence[Candidate], names: Sequence[str] | N
     return [candidate for candidate in models if names is None or candidate.name in names]
 
 
-def same_on_all_ranks(find: Callable[[], list[Candidate]]) -> list[Candidate]:
+def same_on_all_ranks(find: Callable[[], list[EvaluatedModel]]) -> list[EvaluatedModel]:
     """Returns the candidates that `find` returns; every rank must call it. Raises an OutageError that names the node of
     a rank which finds other models than rank 0.
     """
@@ -85,7 +85,7 @@ def _with_digests(digests: dict[str, str]) -> str:
     return ", ".join(f"{name} ({digest[:12]}…)" for name, digest in digests.items())
 
 
-def load_candidate(candidate: Candidate, config: Config, world: World) -> FrozenModel:
+def load_candidate(candidate: EvaluatedModel, config: Config, world: World) -> FrozenModel:
     """Loads the model of a candidate, which may have been found hours ago. Raises an OutageError when the model was
     replaced since, so that its measures would pass for those of the candidate.
     """
@@ -94,7 +94,7 @@ def load_candidate(candidate: Candidate, config: Config, world: World) -> Frozen
     return model
 
 
-def _require_unchanged(candidate: Candidate, config: Config) -> None:
+def _require_unchanged(candidate: EvaluatedModel, config: Config) -> None:
     folder = candidate.folder.path
     if candidate.name == TEACHER and not config.teacher.is_made:
         now = digest_of_model(folder, cache=digest_cache(config, "teacher"))

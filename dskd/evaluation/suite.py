@@ -18,7 +18,7 @@ from dskd.console import say, stage
 from dskd.distributed.collectives import on_main
 from dskd.distributed.world import World
 from dskd.evaluation.evaluations import Evaluation
-from dskd.evaluation.models import Candidate, load_candidate
+from dskd.evaluation.models import EvaluatedModel, load_candidate
 from dskd.models.running.frozen import FrozenModel
 from dskd.tracking import forget_unlogged, log_results, note_unlogged, read_unlogged
 
@@ -30,7 +30,7 @@ class Measurement:
     """A model to measure in an evaluation, and the recipe of its results."""
 
     evaluation: Evaluation
-    candidate: Candidate
+    candidate: EvaluatedModel
     recipe: Recipe
     reads: Sequence[Path | str] = ()  # further sources that are named when it begins
 

@@ -26,7 +26,7 @@ from dskd.distributed.world import World
 from dskd.evaluation import suite
 from dskd.evaluation.batching import batches_by_length, padded
 from dskd.evaluation.evaluations import BENCHMARKS
-from dskd.evaluation.models import Candidate, candidates, choose, same_on_all_ranks
+from dskd.evaluation.models import EvaluatedModel, candidates, choose, same_on_all_ranks
 from dskd.evaluation.scores_by_example import Measure, metadata_of
 from dskd.evaluation.suite import EXAMPLES_FILE, FILE, Measurement, Outcome
 from dskd.evaluation.task_questions import Task, load_task, require_same_data
@@ -56,7 +56,7 @@ _SCHEMA = pa.schema(
 )
 
 
-def recipe(config: Config, candidate: Candidate, task: Task, prompter: Prompter) -> Recipe:
+def recipe(config: Config, candidate: EvaluatedModel, task: Task, prompter: Prompter) -> Recipe:
     """Returns everything that a model's results depend on; the batch size is not part of it."""
     settings = {
         "task": task.name,
@@ -71,7 +71,7 @@ def recipe(config: Config, candidate: Candidate, task: Task, prompter: Prompter)
 
 
 def _measurements(
-    config: Config, models: Sequence[Candidate], tasks: Sequence[Task], prompters: Sequence[Prompter]
+    config: Config, models: Sequence[EvaluatedModel], tasks: Sequence[Task], prompters: Sequence[Prompter]
 ) -> list[Measurement]:
     return [
         Measurement(
@@ -133,7 +133,7 @@ def run_tasks(
     on_main(lambda: say(f"\n{summary(config, [model.name for model in models], list(tasks.values()))}"))
 
 
-def check_prompts(config: Config, model: Candidate, prompter: Prompter, tasks: Sequence[Task]) -> None:
+def check_prompts(config: Config, model: EvaluatedModel, prompter: Prompter, tasks: Sequence[Task]) -> None:
     """Checks that a model has all tokens of the tasks' prompts, and positions for the answers.
 
     Raises a UserError for a prompt with a token that the model lacks, such as one that the chat template adds, or a

@@ -8,8 +8,8 @@ from dskd.inspection.artifacts import Teacher, open_teacher
 from dskd.inspection.tokens import token_texts
 from dskd.inspection.word import WordReport, inspect_word
 from dskd.models.files.folder import ModelFolder
+from dskd.models.words import MIN_HEAD_LETTERS
 from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
-from dskd.senses.entries import MIN_HEAD_LETTERS
 
 _WORDS = 3
 _CANDIDATES = 200  # tokens that are tried, since some of them are not whole words

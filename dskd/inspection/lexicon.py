@@ -17,8 +17,9 @@ from dskd.inspection.artifacts import Teacher, note_lines, open_teacher, or_note
 from dskd.inspection.tokens import whole_words
 from dskd.lexicon.build import recipe
 from dskd.lexicon.relations import FILE, RELATIONS, lexicon_manifest, load_lexicon, read_relations
+from dskd.models.words import MIN_HEAD_LETTERS
 from dskd.senses.dictionary import load_fitting_dictionary
-from dskd.senses.entries import MIN_HEAD_LETTERS, Entries, build_entries
+from dskd.senses.entries import Entries, build_entries
 
 _WHY_UNUSABLE = ("head_", "neighbour_")
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dskd.senses.entries import MIN_HEAD_LETTERS, Entries, tokenize_words
+from dskd.models.words import MIN_HEAD_LETTERS, tokenize_words
+from dskd.senses.entries import Entries
 
 _BEFORE = "the"
 

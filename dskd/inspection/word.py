@@ -19,8 +19,9 @@ from dskd.inspection.neighbours import nearest_entries
 from dskd.inspection.tokens import entry_texts, readable, token_texts
 from dskd.lexicon.negation import BASES_FILE
 from dskd.lexicon.relations import RELATIONS, lexicon_manifest, read_relations
+from dskd.models.words import MIN_HEAD_LETTERS, tokenize_form, tokenize_words
 from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
-from dskd.senses.entries import MAX_SPAN_TOKENS, MIN_HEAD_LETTERS, Entries, tokenize_form, tokenize_words
+from dskd.senses.entries import MAX_SPAN_TOKENS, Entries
 
 _NEAR_SPELLINGS = 5
 # What the contexts of a span show: targets are tokens, so a span is a synonym of a target, and never the target itself.

@@ -124,7 +124,7 @@ def _open(folder: Path, origin: Path) -> WordNet:
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
     class EnglishReader(WordNetCorpusReader):
-        """nltk's reader without the map to other WordNet versions, which needs files that a dictionary folder lacks."""
+        """The reader of nltk without the map to other WordNet versions: a dictionary folder lacks its files."""
 
         def map_wn(self, version: str = "wordnet") -> None:
             return None

@@ -238,11 +238,14 @@ class DistillationHead(nn.Module):
         # `dskd.models.running.readouts.read_logits` does not fit: the gradients need no logits after their chunk, and
         # teacher and student may share one product.
         for part in self.chunks(len(states)):
-            logits, *teacher = self._logits(states[part], None if teacher_states is None else teacher_states[part])
-            if cache is not None:
-                teacher = [column[part] for column in cache]
-            columns = logits, labels[part], *(scale[part] for scale in scales), *teacher
-            values[:, part] = self._replace_logits(self.loss.temperature, self.loss.divergence, *columns)
+            logits, teacher = self._logits(states[part], None if teacher_states is None else teacher_states[part])
+            columns = logits, labels[part], *(scale[part] for scale in scales)
+            values[:, part] = self._replace_logits(
+                self.loss.temperature,
+                self.loss.divergence,
+                *columns,
+                teacher if cache is None else _rows_of(cache, part),
+            )
             torch.mm(logits, self.weight, out=at_states[part])
             if weight_grad is not None and weight_grad.dtype == states.dtype:
                 weight_grad.addmm_(logits.T, states[part])  # without a second tensor of the matrix's size
@@ -288,15 +291,18 @@ class DistillationHead(nn.Module):
             "hinges": distances.hinges,
         }
 
-    def _logits(self, states: torch.Tensor, teacher_states: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def _logits(
+        self, states: torch.Tensor, teacher_states: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the products of states and matrix [n, V] of the student, and of the teacher if a term reads them.
 
         These are the logits, up to the transform of each model.
         """
         if teacher_states is None or not self.loss.kd_weight:
-            return (F.linear(states, self.weight),)
+            return F.linear(states, self.weight), None
         if self.teacher_weight is None:  # one product reads the matrix once for both
-            return F.linear(torch.cat([states, teacher_states]), self.weight).chunk(2)
+            student, teacher = F.linear(torch.cat([states, teacher_states]), self.weight).chunk(2)
+            return student, teacher
         return F.linear(states, self.weight), F.linear(teacher_states, self.teacher_weight)
 
 
@@ -309,17 +315,17 @@ def _replace_logits(
     labels: torch.Tensor,
     ce_scale: torch.Tensor,
     kl_scale: torch.Tensor,
-    *teacher: torch.Tensor,
+    teacher: torch.Tensor | TopTokens | None,
 ) -> torch.Tensor:
     """Returns CE and KL [2, n] of a chunk's products [n, V], and puts the gradient of their sum in the place of these.
 
-    `teacher` is its products, the fields of a cached distribution, or nothing.
+    `teacher` is its products [n, V'], its cached distribution, or None.
     """
     logits = transform.apply(products)
     losses = logit_losses(
         logits,
         labels,
-        TopTokens(*teacher) if len(teacher) > 1 else teacher_transform.apply(teacher[0]) if teacher else None,
+        teacher_transform.apply(teacher) if isinstance(teacher, torch.Tensor) else teacher,
         ce_scale=ce_scale,
         kl_scale=kl_scale,
         temperature=temperature,
@@ -329,12 +335,25 @@ def _replace_logits(
     return torch.stack([losses.ce, losses.kl])
 
 
+def _rows_of(column: torch.Tensor | TopTokens | None, rows: slice) -> torch.Tensor | TopTokens | None:
+    """Returns some rows of a tensor or of a cached distribution."""
+    if isinstance(column, TopTokens):
+        return TopTokens(*(field[rows] for field in column))
+    return None if column is None else column[rows]
+
+
 def _in_blocks(function: Callable[..., torch.Tensor], size: int) -> Callable[..., torch.Tensor]:
     """Returns :func:`_replace_logits` for `size` rows at a time."""
 
-    def run(temperature: float, divergence: str, *columns: torch.Tensor) -> torch.Tensor:
-        blocks = zip(*(column.split(size) for column in columns), strict=True)
-        return torch.cat([function(temperature, divergence, *block) for block in blocks], dim=-1)
+    def run(
+        temperature: float, divergence: str, products: torch.Tensor, *columns: torch.Tensor | TopTokens | None
+    ) -> torch.Tensor:
+        blocks = [slice(start, start + size) for start in range(0, len(products), size)]
+        values = [
+            function(temperature, divergence, products[block], *(_rows_of(column, block) for column in columns))
+            for block in blocks
+        ]
+        return torch.cat(values, dim=-1)
 
     return run
 
@@ -343,9 +362,11 @@ def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     """Returns the function compiled for any number of rows."""
     compiled = torch.compile(function)
 
-    def run(temperature: float, divergence: str, *columns: torch.Tensor) -> torch.Tensor:
+    def run(temperature: float, divergence: str, *columns: torch.Tensor | TopTokens | None) -> torch.Tensor:
         for column in columns:
-            torch._dynamo.maybe_mark_dynamic(column, 0)
+            tensors = column if isinstance(column, TopTokens) else () if column is None else (column,)
+            for tensor in tensors:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return compiled(temperature, divergence, *columns)
 
     return run

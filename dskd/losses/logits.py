@@ -20,7 +20,7 @@ _LOG_2 = 0.6931471805599453
 
 
 class LogitLosses(NamedTuple):
-    """Cross-entropy and divergence at each position, and the gradient of their weighted sum."""
+    """The cross-entropy and divergence at each position, and the gradient of their weighted sum."""
 
     ce: torch.Tensor  # [N], nats
     kl: torch.Tensor  # [N], nats; 0 without a teacher

@@ -66,12 +66,15 @@ def sense_loss(
     # Relation positions have two sets of rows, first those that pull and then those that push. Own positions only have
     # rows that pull. Both kinds take the same path.
     kappa = synonym_rows.shape[-1]
-    sums = hidden.new_zeros(5, dtype=at_least_float32(hidden[:0]).dtype)  # in the order of `SenseSums`, without total
+    sums_of_relations = hidden.new_zeros(
+        4, dtype=at_least_float32(hidden[:0]).dtype
+    )  # pull, push, active and all hinges
+    own = sums_of_relations.new_zeros(())
     groups = (
-        (relation_positions, torch.cat([synonym_rows, antonym_rows], dim=-1), kappa),
-        (own_positions, own_rows, own_rows.shape[-1]),
+        (relation_positions, torch.cat([synonym_rows, antonym_rows], dim=-1), kappa, False),
+        (own_positions, own_rows, own_rows.shape[-1], True),
     )
-    for is_own, (positions, index, pulling) in enumerate(groups):
+    for positions, index, pulling, is_own in groups:
         parts = in_parts(len(positions), index.shape[-1] * hidden.shape[-1], hidden.device.type)
         for part in parts if len(sense_rows) else ():
             # Gather the rows of a few positions. Padding gathers row 0, and gets no weight below.
@@ -88,17 +91,15 @@ def sense_loss(
             active = far & (hinge > 0)
             attraction = (distance[:, :pulling] * pull).sum()
             if is_own:
-                sums[2] += attraction
+                own += attraction
             else:
-                sums += torch.stack(
-                    [attraction, (hinge * push).sum(), torch.zeros_like(attraction), active.sum(), far.sum()]
-                )
+                sums_of_relations += torch.stack([attraction, (hinge * push).sum(), active.sum(), far.sum()])
             if gradient is not None:
                 # The derivatives of the total for the distance of each row.
                 pulled = (1.0 if is_own else synonym_weight) * pull.to(states.dtype)
                 weights = torch.cat([pulled, -antonym_weight * (push * active).to(states.dtype)], dim=-1)
                 _add_gradient(gradient, at, states, rows, weights, scale)
-    synonym, antonym, own, active_hinges, hinges = sums
+    synonym, antonym, active_hinges, hinges = sums_of_relations
     total = synonym_weight * synonym + antonym_weight * antonym + own
     return SenseSums(total, synonym, antonym, own, active_hinges, hinges)
 

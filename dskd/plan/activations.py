@@ -19,7 +19,7 @@ from torch import nn
 from dskd.config import LossConfig, StudentConfig
 from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
 from dskd.models.checks.head_probe import declared_transform
-from dskd.models.files.stored_names import base_model
+from dskd.models.structure.base_model import base_model
 from dskd.models.structure.output_head import LogitTransform
 from dskd.models.structure.trained import choose_trained
 from dskd.plan.architecture import Architecture

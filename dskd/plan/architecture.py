@@ -162,9 +162,9 @@ def architecture_of_student(config: Config, teacher: Architecture) -> Architectu
 
 def _read_gguf(config: Config) -> Architecture:
     """Returns the architecture of a GGUF file or, if it is not here, of the teacher that was made from it."""
-    file, made = Path(str(config.teacher.path)).expanduser(), config.path(kinds.TEACHER.folder, "config.json")
-    if not file.is_file() and made.is_file():
-        return _read(made, named_by="teacher.path", advice=_NAME_IT)
+    file, built_file = Path(str(config.teacher.path)).expanduser(), config.path(kinds.TEACHER.folder, "config.json")
+    if not file.is_file() and built_file.is_file():
+        return _read(built_file, named_by="teacher.path", advice=_NAME_IT)
     return Architecture(json.dumps(read_config(read_gguf(file)).to_dict()), f"teacher.path: {file}")
 
 

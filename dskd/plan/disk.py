@@ -6,10 +6,11 @@ from dskd.config import Config
 from dskd.models.checks.room import FLOAT32_BYTES
 from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
-from dskd.plan.shapes import Shapes, Student
+from dskd.plan.shapes import Shapes, StudentShapes
 from dskd.plan.stored import stored_in_shards
 from dskd.senses.dictionary import VALUE_BYTES
 from dskd.shards import StoredStates, sample_bytes
+from dskd.shards.reading import reads_once
 from dskd.training.checkpoints.writing import ELEMENT_BYTES
 
 
@@ -23,6 +24,7 @@ class Disk:
     student: int
     sample: int  # of the shards, before compression; a node's unpacked copy has the same size
     sample_states: int  # the stored states in a sample
+    sample_kept: int  # those of a sample that gathering keeps until the shards are complete; 0 if it keeps none
     samples: int | None  # None if their number is unknown
     checkpoints: int  # of one run: those that are kept, and the one that is being written
     nvme: int  # of the teacher, on each node
@@ -33,7 +35,7 @@ def compute_disk(
     cluster: Cluster,
     architecture: Architecture,
     teacher: Shapes,
-    student: Student,
+    student: StudentShapes,
     *,
     samples: int | None,
     steps: int | None,
@@ -60,6 +62,7 @@ def compute_disk(
         student.whole_numel * (FLOAT32_BYTES if is_gguf and is_cut else size),
         sample_bytes_of(config, stored),
         states_bytes(config, stored),
+        states_bytes(config, stored) if reads_once(config) else 0,
         samples,
         checkpoint * (train.keep_last + 1 + for_good),
         teacher.share(cluster.world_size) * size * cluster.gpus_per_node if is_on_disk else 0,

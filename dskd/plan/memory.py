@@ -21,7 +21,7 @@ from dskd.plan.activations import Activations, Batch, loaded_tensors, student_ac
 from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import Gathered, gather
-from dskd.plan.shapes import Shapes, Student
+from dskd.plan.shapes import Shapes, StudentShapes
 from dskd.plan.stored import columns_read, loads_teacher, reads_states
 from dskd.plan.student_memory import student_bytes
 from dskd.senses.dictionary import VALUE_BYTES
@@ -111,7 +111,7 @@ def compute_memory(
     cluster: Cluster,
     architecture: Architecture,
     teacher: Shapes,
-    student: Student,
+    student: StudentShapes,
     *,
     micro_batch_size: int,
     accumulation_steps: int,
@@ -128,36 +128,36 @@ def compute_memory(
     size, hidden_size, with_teacher = dtype.itemsize, architecture.values()["hidden_size"], loads_teacher(config)
     batch = batch_of(config, micro_batch_size, relations=relations, trunk=student.trunk)
     activations = _activations(config, cluster, architecture, student, batch)
-    of_teacher = teacher_activations(architecture, _only_text(batch), dtype) if with_teacher else 0
+    teacher_activation_bytes = teacher_activations(architecture, _only_text(batch), dtype) if with_teacher else 0
     # The teacher: what a rank holds all the time, and what is gathered while it runs.
     held, host_teacher, gathered = 0, 0, None
     if with_teacher:
         held, host_teacher, gathered = _teacher(config, cluster, teacher, size, PERSISTENT_WIDTHS * hidden_size)
     teacher_live = _live(gathered.forward if gathered else 0, size, config, cluster)
-    of_student = student_bytes(cluster, student, size)
+    held_by_student = student_bytes(cluster, student, size)
     of_batches, prefetched = _batches(config, cluster, batch, hidden_size, accumulation_steps, bank_rows)
 
-    static = held + of_student.held + of_student.optimizer + sum(of_batches.values())
+    static = held + held_by_student.held + held_by_student.optimizer + sum(of_batches.values())
     # What each phase holds in addition to all that is always there; the largest decides the peak. Activations grow from
     # module to module while prefetched weights are released, so the peak of a forward pass can be at any module.
-    along = of_student.along
+    along = held_by_student.along
     phase_bytes = {
-        "the teacher's forward pass": teacher_live + of_teacher,
+        "the teacher's forward pass": teacher_live + teacher_activation_bytes,
         "the student's forward pass": max(
             elements + activations.forward * (number + 1) // len(along) for number, elements in enumerate(along)
         ),
-        "the loss": of_student.at_turn + activations.kept + activations.loss,
-        "the backward pass": of_student.during_backward + activations.backward,
-        "the sum over ranks": of_student.during_sum,
-        "the optimizer's step": of_student.update,
+        "the loss": held_by_student.at_turn + activations.kept + activations.loss,
+        "the backward pass": held_by_student.during_backward + activations.backward,
+        "the sum over ranks": held_by_student.during_sum,
+        "the optimizer's step": held_by_student.update,
     }
     moment = max(phase_bytes, key=phase_bytes.__getitem__)
     reserved = RESERVED_ON_GPU if cluster.device == "cuda" else RESERVED_ON_HOST
     gpu = Parts(
         teacher=held + teacher_live,
-        student=of_student.most_weights,
-        optimizer=of_student.most_of_optimizer,
-        activations=max(of_teacher, activations.forward, activations.backward),
+        student=held_by_student.most_weights,
+        optimizer=held_by_student.most_of_optimizer,
+        activations=max(teacher_activation_bytes, activations.forward, activations.backward),
         loss=activations.loss,
         **of_batches,
         reserved=reserved,
@@ -168,10 +168,10 @@ def compute_memory(
 
 
 def _activations(
-    config: Config, cluster: Cluster, architecture: Architecture, student: Student, batch: Batch
+    config: Config, cluster: Cluster, architecture: Architecture, student: StudentShapes, batch: Batch
 ) -> Activations:
     """Measures the student's activations; `architecture` is the teacher's."""
-    of_teacher, of_student = architecture.values(), student.architecture.values()
+    teacher_values, student_values = architecture.values(), student.architecture.values()
     return student_activations(
         student.architecture,
         tuple(student.layers),
@@ -180,10 +180,10 @@ def _activations(
         config.loss,
         batch,
         cluster.dtype(config.precision),
-        sizes=HeadSizes.of(config.train.loss_chunk_size, of_student["vocab_size"], torch.device(cluster.device)),
+        sizes=HeadSizes.of(config.train.loss_chunk_size, student_values["vocab_size"], torch.device(cluster.device)),
         checkpointing=config.train.activation_checkpointing,
         with_teacher=loads_teacher(config) or reads_states(config),
-        teacher_matrix=(of_teacher["vocab_size"], of_teacher["hidden_size"]),
+        teacher_matrix=(teacher_values["vocab_size"], teacher_values["hidden_size"]),
         has_copy=student.teacher_matrix > 0,
         teacher_transform=declared_transform(architecture.load_config()),
     )
@@ -212,16 +212,16 @@ def _batches(
 
 
 def gather_models(
-    config: Config, cluster: Cluster, architecture: Architecture, teacher: Shapes, student: Student
+    config: Config, cluster: Cluster, architecture: Architecture, teacher: Shapes, student: StudentShapes
 ) -> tuple[Gathered | None, Gathered]:
     """Simulates what ZeRO-3 gathers of teacher and student for a micro-batch; None if no teacher is sharded."""
     small, small_of_student = (
         PERSISTENT_WIDTHS * each.values()["hidden_size"] for each in (architecture, student.architecture)
     )
-    is_gloo, of_teacher = cluster.device == "cpu", None
+    is_gloo, teacher_gathered = cluster.device == "cpu", None
     if loads_teacher(config) and config.teacher.mode != "resident":
-        of_teacher = gather(teacher, persistent=small, backward=False, is_gloo=is_gloo)
-    return of_teacher, gather(student.shapes, persistent=small_of_student, backward=True, is_gloo=is_gloo)
+        teacher_gathered = gather(teacher, persistent=small, backward=False, is_gloo=is_gloo)
+    return teacher_gathered, gather(student.shapes, persistent=small_of_student, backward=True, is_gloo=is_gloo)
 
 
 def _only_text(batch: Batch) -> Batch:

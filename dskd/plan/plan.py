@@ -12,7 +12,7 @@ from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.disk import Disk, compute_disk, dictionary_rows
 from dskd.plan.memory import RESERVED_ON_HOST, Memory, StageMemory, compute_memory, gather_models, stages_before
-from dskd.plan.shapes import Shapes, Student, plan_student, teacher_shapes, trunk_to_store
+from dskd.plan.shapes import Shapes, StudentShapes, plan_student, teacher_shapes, trunk_to_store
 from dskd.plan.speed import Speed, compute_speed
 from dskd.plan.stored import stored_in_shards
 from dskd.plan.stored_speed import StatesComparison, compare_with_stored_states
@@ -32,7 +32,7 @@ class Plan:
     cluster: Cluster
     architecture: Architecture
     teacher: Shapes
-    student: Student
+    student: StudentShapes
     micro_batch_size: int
     accumulation_steps: int
     samples: int | None
@@ -127,8 +127,10 @@ def make_plan(
         relations=relations,
         bank_rows=dictionary_rows(config, architecture),
     )
-    of_teacher, of_student = gather_models(config, cluster, architecture, teacher, student)
-    speed = compute_speed(config, cluster, architecture, teacher, student, of_teacher, of_student, **batches)
+    teacher_gathered, student_gathered = gather_models(config, cluster, architecture, teacher, student)
+    speed = compute_speed(
+        config, cluster, architecture, teacher, student, teacher_gathered, student_gathered, **batches
+    )
     comparison = compare_with_stored_states(
         config, cluster, architecture, teacher, student.trunk, **batches, samples=samples
     )

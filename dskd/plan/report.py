@@ -77,19 +77,19 @@ def format_refusal(plan: Plan, fitting: tuple[Change, Plan] | None) -> str:
         f"for {stage.name} each {what} needs {_gb(stage.gpu)} GB and has {gpu}" for stage in plan.too_large_for_gpus
     ]
     lacks += [
-        f"for {stage.name} each host needs {_gb(stage.host)} GB and has {host}" for stage in plan.too_large_for_hosts
+        f"for {stage.name} each node needs {_gb(stage.host)} GB and has {host}" for stage in plan.too_large_for_hosts
     ]
     text = "does not fit:\n" + "\n".join(f"  {lack}" for lack in lacks)
     if fitting is None:
         if plan.processes >= plan.cluster.host_memory:
             return (
                 f"{text}\nNo change makes it fit: the processes of {_count(plan.cluster.gpus_per_node, 'rank')} alone "
-                f"are assumed to need {_gb(plan.processes)} GB of a host; take nodes with more memory, or fewer ranks "
+                f"are assumed to need {_gb(plan.processes)} GB of a node; take nodes with more memory, or fewer ranks "
                 "on each."
             )
         return (
             f"{text}\nNo setting that leaves the loss as it is, and no number of such nodes, makes it fit: "
-            f"take a smaller student or teacher, or {what}s and hosts with more memory."
+            f"take a smaller student or teacher, or {what}s and nodes with more memory."
         )
     change, changed = fitting
     largest = (max(getattr(stage, name) for stage in changed.stages) for name in ("gpu", "host"))
@@ -180,7 +180,11 @@ def _speed(plan: Plan) -> str:
 
 def _disk(plan: Plan) -> str:
     disk = plan.disk
-    sizes = {"shards before compression": disk.sample, "stored states, in the shards": disk.sample_states}
+    sizes = {
+        "shards before compression": disk.sample,
+        "stored states, in the shards": disk.sample_states,
+        "the same, kept until the shards are complete": disk.sample_kept,
+    }
     rows = [
         ["senses, at most, without spans", _gb(disk.senses)],
         ["states while senses are built, at most", _gb(disk.states)],
@@ -225,8 +229,11 @@ def _stored(plan: Plan, stored: StatesComparison) -> str:
         once, one, other = (f"{_hours(each / 3600)} hours" for each in seconds)
         copies = ", and as much on each node" if _is_copied(plan) else ""
         lines += [
-            f"  the states take {_gb(stored.disk)} GB of disk{copies}",
-            f"  annotation runs the teacher once, for about {once}; each run then takes {one} instead of {other}",
+            f"  the states take {_gb(stored.disk)} GB of disk{copies}"
+            + (", and twice that until the shards are complete" if stored.reads_once else ""),
+            f"  {'the dictionary' if stored.reads_once else 'annotation'} runs the teacher once, for about {once}"
+            + (", and annotation does not" if stored.reads_once else "")
+            + f"; each run then takes {one} instead of {other}",
         ]
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from dskd.errors import UserError, first_line
 from dskd.models.files.folder import has_capped_attention
-from dskd.models.files.stored_names import base_model
+from dskd.models.structure.base_model import base_model
 from dskd.plan.architecture import Architecture
 
 _ATTEMPTED = 1, 8  # B, T of the run that tests a way of running the architecture

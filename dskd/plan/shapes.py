@@ -11,7 +11,7 @@ from dskd.models.structure.trained import choose_trained
 from dskd.models.structure.trunk import TrunkError, refuse_if_required, trunk_depth
 from dskd.plan.architecture import Architecture, architecture_of_student
 from dskd.shards import TRUNK_STATES
-from dskd.shards.stored_states import stored_trunk_depth
+from dskd.shards.storing_states import stored_trunk_depth
 from dskd.students.spacing import choose_layers, chosen_layers, require_removable
 from dskd.training.models.teacher_source import TeacherSource, reads_logits
 from dskd.training.models.width_map import has_width_map
@@ -81,7 +81,7 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class Student:
+class StudentShapes:
     """The student as training loads it, without the layers that the teacher computes for it."""
 
     architecture: "Architecture"  # of the model that the layers are from: the teacher, unless the student is another
@@ -104,7 +104,7 @@ def teacher_shapes(architecture: Architecture) -> Shapes:
     return Shapes.of(model, without=None if is_tied else output)
 
 
-def plan_student(config: Config, architecture: Architecture) -> Student:
+def plan_student(config: Config, architecture: Architecture) -> StudentShapes:
     """Returns the student, and which of its weights would be trained. `architecture` is the teacher's.
 
     Raises a UserError when the teacher has no such layers, nothing would be trained, the config requires a shared trunk
@@ -126,25 +126,25 @@ def plan_student(config: Config, architecture: Architecture) -> Student:
     loaded = _Cut.of(architecture, tuple(layers), trunk, config.student)
     needs_copy = loaded.trains_output and reads_logits(source.kind, config.loss)
     matrix = loaded.output_numel if needs_copy else 0
-    return Student(
+    return StudentShapes(
         architecture, layers, is_assumed, trunk, why, loaded.shapes, whole.numel, matrix, loaded.trains_output
     )
 
 
-def _other_student(config: Config, teacher: Architecture) -> Student:
+def _other_student(config: Config, teacher: Architecture) -> StudentShapes:
     """Returns the student that is another model than the teacher, of which training loads all."""
     architecture = architecture_of_student(config, teacher)
     architecture.check(config)
-    values, of_teacher = architecture.values(), teacher.values()
+    values, teacher_values = architecture.values(), teacher.values()
     layers = list(range(values["num_hidden_layers"]))
     whole = _Cut.of(architecture, tuple(layers), 0, config.student)
     reads_matrix = reads_logits(TeacherSource.planned(config).kind, config.loss)
-    matrix = of_teacher["vocab_size"] * of_teacher["hidden_size"] * reads_matrix
-    shapes, own, width = whole.shapes, values["hidden_size"], of_teacher["hidden_size"]
+    matrix = teacher_values["vocab_size"] * teacher_values["hidden_size"] * reads_matrix
+    shapes, own, width = whole.shapes, values["hidden_size"], teacher_values["hidden_size"]
     if has_width_map(config.loss, own, width):
         shapes = Shapes((*shapes.modules, (Weight("width_map.weight", own * width, True, True),)))
     why = config.student.why_no_trunk
-    return Student(architecture, layers, False, 0, why, shapes, whole.numel, matrix, whole.trains_output)
+    return StudentShapes(architecture, layers, False, 0, why, shapes, whole.numel, matrix, whole.trains_output)
 
 
 def trunk_to_store(config: Config, architecture: Architecture) -> int:

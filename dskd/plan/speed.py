@@ -16,7 +16,7 @@ from dskd.plan.architecture import Architecture
 from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import Gathered
 from dskd.plan.running import experts_per_token
-from dskd.plan.shapes import Shapes, Student
+from dskd.plan.shapes import Shapes, StudentShapes
 from dskd.plan.stored import columns_read, loads_teacher
 from dskd.training.models.teacher_source import TeacherSource, reads_logits
 from dskd.training.models.width_map import has_width_map
@@ -42,7 +42,7 @@ def compute_speed(
     cluster: Cluster,
     architecture: Architecture,
     teacher: Shapes,
-    student: Student,
+    student: StudentShapes,
     teacher_gathered: Gathered | None,
     student_gathered: Gathered,
     *,
@@ -53,30 +53,32 @@ def compute_speed(
     size = cluster.dtype(config.precision).itemsize
     parts = flops_per_token(config, architecture, teacher, student)
     tokens = micro_batch_size * config.corpus.sequence_length
-    of_teacher = TeacherPass.of(config, cluster, teacher, teacher_gathered, parts["teacher_layers"] * tokens)
-    of_student = (sum(parts.values()) - parts["teacher_layers"]) * tokens / cluster.flops
+    teacher_pass = TeacherPass.of(config, cluster, teacher, teacher_gathered, parts["teacher_layers"] * tokens)
+    student_compute_s = (sum(parts.values()) - parts["teacher_layers"]) * tokens / cluster.flops
     student_network = size * _others(cluster) * (student_gathered.travelled + student.shapes.trained_numel)
     student_network /= cluster.bandwidth
     # On GPUs transfer and computation overlap within the teacher's pass and within the student's passes.
-    student_s = max(of_student, student_network) if cluster.device == "cuda" else of_student + student_network
+    student_s = (
+        max(student_compute_s, student_network) if cluster.device == "cuda" else student_compute_s + student_network
+    )
     read_bytes = accumulation_steps * tokens * read_bytes_per_token(config, architecture, student, size)
     reading_s = read_bytes * cluster.gpus_per_node / cluster.disk_bandwidth
-    without_reading_s = accumulation_steps * (of_teacher.seconds + student_s)
+    without_reading_s = accumulation_steps * (teacher_pass.seconds + student_s)
     step_s = max(without_reading_s, reading_s)
     return Speed(
         parts,
         step_s,
         tokens_per_s=config.train.global_batch_size * config.corpus.sequence_length / step_s,
-        network_share=min(1.0, accumulation_steps * (of_teacher.network_s + student_network) / step_s),
-        waiting_share=1 - accumulation_steps * (of_teacher.compute_s + of_student) / step_s,
-        teacher_s=accumulation_steps * of_teacher.seconds,
+        network_share=min(1.0, accumulation_steps * (teacher_pass.network_s + student_network) / step_s),
+        waiting_share=1 - accumulation_steps * (teacher_pass.compute_s + student_compute_s) / step_s,
+        teacher_s=accumulation_steps * teacher_pass.seconds,
         reading_s=reading_s,
         read_bytes=read_bytes,
         step_without_reading_s=without_reading_s,
     )
 
 
-def read_bytes_per_token(config: Config, architecture: Architecture, student: Student, size: int) -> int:
+def read_bytes_per_token(config: Config, architecture: Architecture, student: StudentShapes, size: int) -> int:
     """Returns the bytes of stored states that training reads for a token; `size` is that of a number."""
     return len(columns_read(config, student.trunk)) * size * int(architecture.values()["hidden_size"])
 
@@ -122,22 +124,24 @@ def _offload_s(config: Config, cluster: Cluster, teacher: Shapes, size: int) -> 
     return 0.0
 
 
-def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes, student: Student) -> dict[str, float]:
+def flops_per_token(
+    config: Config, architecture: Architecture, teacher: Shapes, student: StudentShapes
+) -> dict[str, float]:
     """Returns the FLOPs of a training step per token, by part of the step."""
     values, values_of_student = architecture.values(), student.architecture.values()
     with_teacher, length = loads_teacher(config), config.corpus.sequence_length
     # Forward: two operations per matrix element, and scores and weighted sum of attention.
     attention, attention_of_teacher = _attention(values_of_student, length), _attention(values, length)
-    of_teacher = _layers(teacher, _share_of_experts(values))
-    of_student = _layers(student.shapes, _share_of_experts(values_of_student))
+    teacher_layers = _layers(teacher, _share_of_experts(values))
+    student_layers = _layers(student.shapes, _share_of_experts(values_of_student))
     # Backward: gradients of states are computed down to the lowest trained layer. They take the operations of forward
     # for the matrices, and twice those for attention. Trained layers also need gradients of their matrices, which take
     # the operations of forward again. Checkpointing runs the forward of all these layers a second time.
-    trained = {number for number, (_, is_trained) in of_student.items() if is_trained}
+    trained = {number for number, (_, is_trained) in student_layers.items() if is_trained}
     embeddings_trained = next(iter(student.shapes.weights)).is_trained
-    lowest = -1 if embeddings_trained and not student.trunk else min(trained, default=len(of_student))
+    lowest = -1 if embeddings_trained and not student.trunk else min(trained, default=len(student_layers))
     backward = recomputed = 0.0
-    for number, (matrices, is_trained) in of_student.items():
+    for number, (matrices, is_trained) in student_layers.items():
         if number >= lowest:
             backward += 2 * attention + (4 if is_trained else 2) * matrices
             recomputed += (attention + 2 * matrices) * config.train.activation_checkpointing
@@ -146,9 +150,9 @@ def flops_per_token(config: Config, architecture: Architecture, teacher: Shapes,
     of_map = 2.0 * own * width * has_width_map(config.loss, own, width)
     of_teacher_logits = head_of_teacher * reads_logits(TeacherSource.planned(config).kind, config.loss)
     return {
-        "teacher_layers": sum(2 * matrices + attention_of_teacher for matrices, _ in of_teacher.values())
+        "teacher_layers": sum(2 * matrices + attention_of_teacher for matrices, _ in teacher_layers.values())
         * with_teacher,
-        "student_layers": sum(2 * matrices + attention for matrices, _ in of_student.values()),
+        "student_layers": sum(2 * matrices + attention for matrices, _ in student_layers.values()),
         "backward_layers": backward + recomputed,
         # Products with the output matrix at the positions that are drawn: the student's logits, the gradients of its
         # states, the gradient of the matrix if it is trained, and the teacher's logits if the loss reads them. And

@@ -10,6 +10,7 @@ from dskd.plan.memory import gather_models
 from dskd.plan.shapes import Shapes, plan_student
 from dskd.plan.speed import Speed, TeacherPass, compute_speed
 from dskd.plan.stored import loads_teacher, reads_states, stored_in_shards, with_stored_states, without_stored_states
+from dskd.shards.reading import reads_once
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class StatesComparison:
     computing: Speed
     disk: int | None  # bytes of the states in the shards; None if the number of samples is unknown
     storing_s: float | None  # seconds in which the teacher runs over all text once; None if the number is unknown
+    reads_once: bool  # the run of the teacher for the dictionary serves annotation, too
 
     @property
     def gain(self) -> float:
@@ -96,4 +98,12 @@ def compare_with_stored_states(
         flops = computing.flops_per_token["teacher_layers"] * tokens
         once = TeacherPass.of(of_computing, cluster, teacher, gathered, flops)
         storing_s = samples / cluster.world_size / config.annotation.batch_size * once.seconds
-    return StatesComparison(of_reading.annotation.store, not loads_teacher(config), reading, computing, disk, storing_s)
+    return StatesComparison(
+        of_reading.annotation.store,
+        not loads_teacher(config),
+        reading,
+        computing,
+        disk,
+        storing_s,
+        reads_once(of_reading),
+    )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from dskd.models.structure.causal_lm import PERSISTENT_WIDTHS, SUB_GROUP
 from dskd.plan.cluster import Cluster
 from dskd.plan.gathering import gather
-from dskd.plan.shapes import Student
+from dskd.plan.shapes import StudentShapes
 from dskd.training.models.student import GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, REDUCE_BUCKET
 
 # Bytes that the optimizer's step needs for an element: a copy of its gradient and, on a GPU, AdamW's two intermediate
@@ -47,7 +47,7 @@ class StudentBytes(NamedTuple):
         return self.optimizer + max(self.update, self.flushed + self.over)
 
 
-def student_bytes(cluster: Cluster, student: Student, size: int) -> StudentBytes:
+def student_bytes(cluster: Cluster, student: StudentShapes, size: int) -> StudentBytes:
     """Computes the bytes of a rank if an element of the weights has `size` bytes."""
     shapes, ranks = student.shapes, cluster.world_size
     is_gloo = cluster.device == "cpu"

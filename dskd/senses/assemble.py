@@ -71,7 +71,7 @@ def assemble(
     token_offsets = offsets_of(token_sizes)
     # The spans' rows follow those of all tokens.
     sizes_of_spans = span_sizes(entries.span_tokens, token_offsets, k)
-    entry_offsets = torch.cat([token_offsets, token_offsets[-1] + sizes_of_spans.cumsum(0)])
+    entry_offsets = offsets_of(torch.cat([token_sizes, sizes_of_spans]))
 
     hidden_size = maps[0]["vectors"].shape[1]
     with (

@@ -4,7 +4,8 @@ The sampled states are kept in a separate folder until the dictionary is complet
 them. With `senses.keep_states`, so does a later build with other cluster settings.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,13 +20,13 @@ from dskd.distributed.collectives import barrier, main_first, on_main
 from dskd.distributed.world import World
 from dskd.lexicon.relations import lexicon_manifest
 from dskd.models.files.folder import ModelFolder, find_teacher
-from dskd.models.running.frozen import load_frozen
+from dskd.models.running.frozen import FrozenModel, load_frozen
 from dskd.models.running.precision import resolve_precision
 from dskd.senses.assemble import assemble, write_part
 from dskd.senses.cluster import CLUSTER_SETTINGS, TokenSenses, cluster, senses_per_token
 from dskd.senses.dictionary import FILE, load_fitting_dictionary
 from dskd.senses.entries import Entries, load_entries
-from dskd.senses.gather import GatheringProgress, gather_states, read_progress
+from dskd.senses.gather import GatheringProgress, StateKeeper, gather_states, read_progress
 from dskd.senses.reservoir import SampledStates
 
 # Settings of `senses` that affect the dictionary but not which states are sampled.
@@ -44,6 +45,11 @@ class DictionaryInputs:
     text: Manifest  # of the sequences
 
 
+# Opens the keeper of the states that gathering computes, or None if it needs none. Its arguments: the teacher, the
+# inputs, the number of sequences that an interrupted gathering has done, and the ranks, all of which call it.
+KeepStates = Callable[[FrozenModel, DictionaryInputs, int, World], AbstractContextManager[StateKeeper | None]]
+
+
 def open_inputs(config: Config, teacher: ModelFolder) -> DictionaryInputs:
     """Opens what a dictionary is built from. Raises a UserError when lexicon or sequences are missing, or the sequences
     were tokenized with another tokenizer.
@@ -58,7 +64,7 @@ def recipe(config: Config, inputs: DictionaryInputs) -> Recipe:
     states = states_recipe(config, inputs)
     settings = {key: value for key, value in config.senses.as_dict().items() if key not in _NOT_IN_RECIPE}
     return Recipe(
-        "senses",
+        kinds.SENSES.name,
         {"lexicon": inputs.lexicon.digest, **states.inputs},
         {**states.config, **settings},
         teacher=states.teacher,
@@ -72,7 +78,7 @@ def states_recipe(config: Config, inputs: DictionaryInputs) -> Recipe:
     for key in (*_NOT_SAMPLING, *_NOT_IN_RECIPE):
         del settings[key]
     return Recipe(
-        "states",
+        kinds.STATES.name,
         {"sequences": inputs.text.digest},
         settings | {"seed": config.seed, "precision": resolve_precision(config.precision)},
         teacher=inputs.teacher.digest,
@@ -80,10 +86,11 @@ def states_recipe(config: Config, inputs: DictionaryInputs) -> Recipe:
     )
 
 
-def build_senses(config: Config, world: World, *, force: bool = False) -> None:
+def build_senses(config: Config, world: World, *, force: bool = False, keep_states: KeepStates | None = None) -> None:
     """Gathers states on all ranks, clusters each token on the rank that owns it, and writes the dictionary on rank 0.
 
     Leaves a dictionary that is up to date unchanged, unless `force` is set; `force` also gathers the states again.
+    `keep_states` opens what keeps the states of the whole text for another stage.
     """
     teacher = main_first(lambda: find_teacher(config))
     if config.senses.path is not None:
@@ -108,7 +115,7 @@ def build_senses(config: Config, world: World, *, force: bool = False) -> None:
         # Never published: the folder stays a partial one.
         states = Building(config.path(kinds.STATES.folder), states_recipe(config, inputs))
         on_main(lambda: _prepare(building, states, force=force))
-        runs = _sample(config, inputs, states.folder, world)
+        runs = _sample(config, inputs, states.folder, world, keep_states)
 
         _cluster_own_tokens(config, runs, building.folder / f"part-{world.rank}.safetensors", world)
         barrier()
@@ -131,7 +138,9 @@ def _finish(building: Building, states: Building, *, keep_states: bool) -> None:
     states.release()
 
 
-def _sample(config: Config, inputs: DictionaryInputs, folder: Path, world: World) -> list[Path]:
+def _sample(
+    config: Config, inputs: DictionaryInputs, folder: Path, world: World, keep_states: KeepStates | None
+) -> list[Path]:
     """Returns the runs that hold the sample, and gathers them first if they are incomplete.
 
     Loads the teacher only when it has to gather.
@@ -141,7 +150,9 @@ def _sample(config: Config, inputs: DictionaryInputs, folder: Path, world: World
         say(f"  uses the states in {folder}")
         return [folder / run for run in progress.runs]
     teacher = load_frozen(inputs.teacher, config, world, with_head=config.senses.key == "predicted")
-    runs = gather_states(teacher, inputs.sequences, config.senses, config.seed, world, folder)
+    kept = nullcontext() if keep_states is None else keep_states(teacher, inputs, progress.sequences_done, world)
+    with kept as keeper:
+        runs = gather_states(teacher, inputs.sequences, config.senses, config.seed, world, folder, keeper)
     teacher.close()
     return runs
 

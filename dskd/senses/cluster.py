@@ -15,7 +15,7 @@ CLUSTER_SETTINGS = ("k", "states_per_sense", "restarts", "max_iterations")  # th
 
 @dataclass(frozen=True)
 class TokenSenses:
-    """Sense embeddings of some tokens: m tokens and their R rows, in the order of the tokens."""
+    """The sense embeddings of some tokens: m tokens and their R rows, in the order of the tokens."""
 
     tokens: torch.Tensor  # [m], ascending
     sizes: torch.Tensor  # [m], number of rows of each token

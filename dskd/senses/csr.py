@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Csr:
-    """Lists of numbers, one after the other."""
+    """A sequence of lists of numbers, one after the other."""
 
     offsets: torch.Tensor  # [number of lists + 1] int64
     values: torch.Tensor

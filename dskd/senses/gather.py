@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,19 @@ class GatheringProgress:
     runs: list[str]
 
 
+class StateKeeper(Protocol):
+    """An object that keeps all states for another stage, before gathering draws its sample from them."""
+
+    def keep(self, batch: TokenBatch, first: int, hidden: torch.Tensor) -> None:
+        """Keeps the last hidden states [B, T, D] of a batch, of which `first` is the number of the first sequence.
+
+        A rank without work left calls it, too, with a batch without tokens.
+        """
+
+    def flush(self) -> None:
+        """Waits until everything kept so far is on disk."""
+
+
 def read_progress(folder: Path) -> GatheringProgress:
     """Reads the progress of an interrupted gathering from its folder; without a progress file nothing is done yet.
 
@@ -65,11 +79,18 @@ def read_progress(folder: Path) -> GatheringProgress:
 
 
 def gather_states(
-    teacher: FrozenModel, sequences: Sequences, settings: SensesConfig, seed: int, world: World, folder: Path
+    teacher: FrozenModel,
+    sequences: Sequences,
+    settings: SensesConfig,
+    seed: int,
+    world: World,
+    folder: Path,
+    keeper: StateKeeper | None = None,
 ) -> list[Path]:
     """Runs the teacher over all sequences and writes the sample of its states to runs in `folder`.
 
-    Every rank must call it. Rank v mod world_size owns token v. Returns the paths of the runs of all ranks.
+    Every rank must call it. Rank v mod world_size owns token v. `keeper` gets all states, if there is one. Returns the
+    paths of the runs of all ranks.
     """
     # This rank continues its own runs. Runs of a gathering with another number of ranks stay as they are: reading the
     # sample merges all runs.
@@ -88,6 +109,8 @@ def gather_states(
     priority_seed = derived_seed(seed, "senses", "priority")
 
     def save(sequences_done: int) -> GatheringProgress:
+        if keeper is not None:
+            keeper.flush()  # before the progress says that these sequences are done
         runs = [*others, *(run for runs in gather_json(reservoir.flush()) for run in runs)]
         saved = GatheringProgress(sequences_done, sorted(runs))
         on_main(lambda: write_json(folder / _PROGRESS, asdict(saved)))
@@ -106,6 +129,8 @@ def gather_states(
             else:
                 hidden = states_of(teacher, batch, first)
                 tokens = batch.input_ids.roll(-1, dims=1)[batch.has_target]
+            if keeper is not None:
+                keeper.keep(batch, first, hidden)
             sequence, position = batch.has_target.nonzero(as_tuple=True)
             priorities = random_bits(priority_seed, sequence + first, position)
             states = hidden[has_target]

@@ -52,7 +52,7 @@ def merge_dictionaries(config: Config, folders: Sequence[Path], output: Path) ->
         key: value for key, value in config.senses.as_dict().items() if key in (*CLUSTER_SETTINGS, "surface_forms")
     }
     recipe = Recipe(
-        "senses",
+        kinds.SENSES.name,
         {"lexicon": lexicon_manifest(config).digest}
         | {f"merged {i}": manifest.digest for i, (_, manifest) in enumerate(opened)},
         settings | {"seed": config.seed, "key": keys.pop()},

@@ -10,8 +10,9 @@ sample_files     reads the states of samples from shard files, to where a step n
 batches          collates samples into batches of tokens, and reads the rows that they point to
 annotate         the stage: finds the rows of the dictionary for each position
 recipe           what annotation reads, and what its shards depend on
-stored_states    the teacher's states as columns of the samples
+storing_states   plans which of the teacher's states are stored, and makes their columns
 text_reader      lets the teacher read batches of text
+reading          keeps the teacher's states while the sense dictionary's are gathered, and gives them to annotation
 search           finds the rows nearest to the teacher's states
 continuations    lets the teacher continue the training texts
 """
@@ -55,8 +56,8 @@ __all__ = [
     "is_lasting",
     "join_blocks",
     "load_manifest",
+    "location_of",
     "open_shards",
-    "place",
     "require_fitting",
     "require_remote",
     "require_samples",

@@ -12,7 +12,8 @@ neither synonym nor antonym.
 
 Three options use the teacher further. With `annotation.continuation_tokens` it first continues the training texts
 (:mod:`dskd.shards.continuations`). With `annotation.teacher_top_n` its most probable tokens at each position are stored
-(:mod:`dskd.models.running.readouts`), and with `annotation.store` its states (:mod:`dskd.shards.stored_states`).
+(:mod:`dskd.models.running.readouts`), and with `annotation.store` its states (:mod:`dskd.shards.storing_states`). If
+gathering has kept the states of the training text (:mod:`dskd.shards.reading`), the teacher does not read it again.
 
 The result is a set of streaming shards, written in blocks of sequences. A block's size does not depend on the ranks, so
 any number of ranks writes the same files, and a resumed run keeps the blocks written before the interruption.
@@ -35,12 +36,13 @@ from dskd.corpus.sequences import TokenBatch
 from dskd.distributed.collectives import barrier, main_first, on_main
 from dskd.distributed.world import World
 from dskd.models.files.folder import find_teacher
-from dskd.models.running.frozen import load_frozen
+from dskd.models.running.frozen import FrozenModel, load_frozen
 from dskd.models.running.readouts import chunk_size
 from dskd.models.structure.trunk import HandOver
 from dskd.shards import join_blocks
 from dskd.shards.blocks import WritingThread, block_folder, blocks_of, shard_format_of
 from dskd.shards.continuations import Continuer
+from dskd.shards.reading import KeptReading, open_reading, remove_reading
 from dskd.shards.recipe import AnnotationInputs, TeacherUse, open_inputs, recipe, stale_splits
 from dskd.shards.schema import (
     ANTONYM_ROWS,
@@ -51,7 +53,7 @@ from dskd.shards.schema import (
     StoredStates,
 )
 from dskd.shards.search import Searcher
-from dskd.shards.stored_states import (
+from dskd.shards.storing_states import (
     columns_of_states,
     describe_stored,
     require_space,
@@ -70,20 +72,28 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
     on_main(lambda: verify_files(inputs.dictionary.path.parent, inputs.senses))
     # Rank 0 decides, because all ranks must do the same.
     stale = on_main(lambda: list(SPLITS) if force else stale_splits(config, inputs))
+    if "train" not in stale or not inputs.stored:
+        on_main(lambda: remove_reading(config))  # states that were kept for shards that are not to be made
     if not stale:
         say(f"up to date: {config.path(kinds.SHARDS.folder)}")
         return
     if "train" in stale:
         config.require_stored()
     uses = {split: TeacherUse.of(config, inputs.stored, split) for split in stale}
+    buildings = {
+        split: Building(config.path(kinds.SHARDS.folder, split), recipe(config, split, inputs)) for split in stale
+    }
+    reading = None
     if inputs.stored and "train" in stale:
-        building = Building(config.path(kinds.SHARDS.folder, "train"), recipe(config, "train", inputs))
+        reading = open_reading(config, inputs, buildings["train"], world.device)
         size = stored_bytes(inputs.stored, inputs.sequences["train"], uses["train"].continuation_tokens)
-        on_main(lambda: require_space(size, building))
-        say(f"  {describe_stored(inputs.stored, size, building.path)}")
-    teacher = load_frozen(inputs.teacher, config, world, with_head=any(use.reads_logits for use in uses.values()))
-    if inputs.stored and inputs.stored.trunk_depth and "train" in stale:
-        require_unchanged_input(teacher, world)
+        on_main(lambda: require_space(size, buildings["train"]))
+        say(f"  {describe_stored(inputs.stored, size, buildings['train'].path)}")
+    teacher = None
+    if reading is None or stale != ["train"]:
+        teacher = load_frozen(inputs.teacher, config, world, with_head=any(use.reads_logits for use in uses.values()))
+        if inputs.stored and inputs.stored.trunk_depth and "train" in stale:
+            require_unchanged_input(teacher, world)
     searcher = Searcher(
         inputs.dictionary,
         config.annotation.kappa,
@@ -92,21 +102,28 @@ def annotate(config: Config, world: World, *, force: bool = False) -> None:
         config.annotation.memory_bytes,
     )
     for split, use in uses.items():
-        depth = use.stored.trunk_depth if use.stored else 0
-        reader = TextReader(
-            teacher,
-            Continuer(teacher, use.continuation_tokens, config.seed) if use.continuation_tokens else None,
-            use.top_n,
-            # Not the chunk size of the config: a key of one training run must not change the last digits of what is
-            # stored for all runs.
-            chunk_size(None, teacher.vocab_size, world.device),
-            HandOver(teacher.decoder.layers, depth) if depth else None,
-        )
-        building = Building(config.path(kinds.SHARDS.folder, split), recipe(config, split, inputs))
-        _annotate_split(config, split, inputs, use.stored, reader, searcher, building, world)
-        if reader.trunk is not None:
-            reader.trunk.close()
-    teacher.close()
+        reader: TextReader | KeptReading | None = reading if split == "train" else None
+        if reader is None:
+            assert teacher is not None, "loaded unless all states are kept"
+            reader = _open_reader(config, teacher, use, world)
+        _annotate_split(config, split, inputs, use.stored, reader, searcher, buildings[split], world)
+        reader.close()
+    if teacher is not None:
+        teacher.close()
+
+
+def _open_reader(config: Config, teacher: FrozenModel, use: TeacherUse, world: World) -> TextReader:
+    """Returns the reader that runs the teacher."""
+    depth = use.stored.trunk_depth if use.stored else 0
+    return TextReader(
+        teacher,
+        Continuer(teacher, use.continuation_tokens, config.seed) if use.continuation_tokens else None,
+        use.top_n,
+        # Not the chunk size of the config: a key of one training run must not change the last digits of what is stored
+        # for all runs.
+        chunk_size(None, teacher.vocab_size, world.device),
+        HandOver(teacher.decoder.layers, depth) if depth else None,
+    )
 
 
 def _annotate_split(
@@ -114,7 +131,7 @@ def _annotate_split(
     split: str,
     inputs: AnnotationInputs,
     stored: StoredStates | None,
-    reader: TextReader,
+    reader: TextReader | KeptReading,
     searcher: Searcher,
     building: Building,
     world: World,
@@ -170,14 +187,14 @@ def _annotate_split(
 
 
 def annotate_batch(
-    unread: TokenBatch, first: int, reader: TextReader, searcher: Searcher, stored: StoredStates | None
+    unread: TokenBatch, first: int, reader: TextReader | KeptReading, searcher: Searcher, stored: StoredStates | None
 ) -> tuple[list[dict[str, np.ndarray]], Counter[str]]:
     """Annotates a batch of sequences.
 
     Args:
         unread: the sequences.
         first: the number of the first of them.
-        reader: the teacher.
+        reader: the teacher, or the states that were kept of it.
         searcher: the search for the nearest rows.
         stored: the states to store.
 

@@ -58,14 +58,18 @@ class WritingThread:
 
     def submit(self, call: Callable[..., None], *args: Any) -> None:
         """Starts a call once the one before has ended, and raises the error that ended it."""
+        self.wait()
+        self._running = self._thread.submit(call, *args)
+
+    def wait(self) -> None:
+        """Waits until the last call has ended, and raises the error that ended it."""
         if self._running is not None:
             self._running.result()
-        self._running = self._thread.submit(call, *args)
 
     def __enter__(self) -> "WritingThread":
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._thread.shutdown()
-        if self._running is not None and error is None:
-            self._running.result()
+        if error is None:
+            self.wait()

@@ -74,12 +74,10 @@ class ShardDataset(StreamingDataset):
             for name, value in of_files.items():
                 setattr(self, name, value)
 
-    def find_changed_size(self) -> ValueError | None:
-        """Returns the error of the first shard file here that has another size than the index says; None if none has.
-
-        Files that have not been fetched or unpacked are left out.
-        """
-        return next((error for shard in self.shards if (error := shard.find_changed_size())), None)
+    @property
+    def folder(self) -> Path:
+        """The folder on this node that the shards are read from."""
+        return Path(self.streams[0].local)  # there is one stream
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         """Returns the columns of a sample, and its `sample_id`, `epoch` and `step`.
@@ -113,16 +111,6 @@ class _MappedShard(MDSReader):
         if reader.zip_data is None:
             reader.digests = bytes.fromhex((reader.raw_data.hashes or {}).get(HASH_OF_SAMPLES, ""))
         return reader
-
-    def find_changed_size(self) -> ValueError | None:
-        """Returns the error of its unpacked file if this has another size than the index says, otherwise None."""
-        try:
-            self._maps.open(self._path, self.raw_data.bytes)
-        except FileNotFoundError:
-            return None  # not fetched or unpacked yet
-        except ValueError as error:
-            return error
-        return None
 
     def get_item(self, idx: int) -> dict[str, Any]:
         """Returns the columns of a sample and, if it has states, its :class:`SampleInFile` as `in_file`.

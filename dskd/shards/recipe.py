@@ -13,7 +13,7 @@ from dskd.models.running.generation import ends_of_answers_only
 from dskd.models.running.precision import resolve_precision
 from dskd.senses.dictionary import SenseDictionary, load_fitting_dictionary
 from dskd.shards.schema import TRUNK_STATES, StoredStates
-from dskd.shards.stored_states import plan_stored
+from dskd.shards.storing_states import plan_stored
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def recipe(config: Config, split: str, inputs: AnnotationInputs) -> Recipe:
     else:
         del settings["continuation_tokens"]
     return Recipe(
-        "shards",
+        kinds.SHARDS.name,
         {"senses": inputs.senses.digest, "sequences": inputs.text.digest},
         settings,
         teacher=inputs.teacher.digest,

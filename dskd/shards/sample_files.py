@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from dskd.artifacts.mds import INDEX, read_index
+
 _OPEN_FILES = 128  # that are mapped at once; each takes a file descriptor, of which most systems allow 1,024
 
 
@@ -77,6 +79,24 @@ class MappedFiles:
 def _require_size(path: str, actual: int, size: int) -> None:
     if actual != size:
         raise ValueError(f"{path} has {actual:,} bytes, but the index says {size:,}")
+
+
+def find_changed_size(folder: Path) -> ValueError | None:
+    """Returns the error of the first shard file of a folder that has another size than its index says.
+
+    Files that are not there, because they have not been fetched or unpacked, are left out.
+    """
+    if not (folder / INDEX).is_file():
+        return None
+    for shard in read_index(folder / INDEX):
+        file = folder / shard["raw_data"]["basename"]
+        try:
+            _require_size(str(file), file.stat().st_size, shard["raw_data"]["bytes"])
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            return error
+    return None
 
 
 class SampleReader:

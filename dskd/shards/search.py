@@ -21,7 +21,7 @@ _ELEMENTS = {"cpu": 8_000_000, "cuda": 128_000_000}  # floats of candidate rows 
 
 @dataclass(frozen=True)
 class NearestRows:
-    """Row numbers for n positions, nearest first, padded with -1."""
+    """The row numbers for n positions, nearest first, padded with -1."""
 
     own_rows: torch.Tensor  # O_i [n, kappa] int32
     synonym_rows: torch.Tensor  # P_i [n, kappa] int32
@@ -124,7 +124,7 @@ class DictionaryVectors:
 
 
 class _Tiles:
-    """Positions [n] grouped into tiles, each of one token and at most `_TILE` of its positions.
+    """The positions [n] grouped into tiles, each of one token and at most `_TILE` of its positions.
 
     Tile j has token tokens[j] and the positions order[starts[j]:starts[j] + sizes[j]].
     """

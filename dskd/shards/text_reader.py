@@ -51,3 +51,8 @@ class TextReader:
             hidden = states_of(self.teacher, batch, first)
         # The states of the last pass: those before it, if there were any, were for the continuation.
         return TextRead(batch, hidden, top, None if self.trunk is None else self.trunk.take(), added)
+
+    def close(self) -> None:
+        """Removes its hook from the teacher."""
+        if self.trunk is not None:
+            self.trunk.close()

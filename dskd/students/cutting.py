@@ -21,12 +21,12 @@ from dskd.console import say, stage
 from dskd.models.checks.architecture import check_architecture
 from dskd.models.checks.loading import load_with_transformers
 from dskd.models.files.folder import ADAPTER_CONFIG, CONFIG_AND_TOKENIZER, ModelFolder, attention_key
-from dskd.models.files.stored_names import check_stored_tensors
 from dskd.models.files.weights import LAYER_NAME, WEIGHTS_INDEX, TensorReader, renumber_layer, write_weights
 from dskd.models.running.precision import resolve_precision
 from dskd.models.structure.causal_lm import empty_model
 from dskd.models.structure.cut_config import cut_config
 from dskd.models.structure.layers import check_kinds
+from dskd.models.structure.stored_names import check_stored_tensors
 from dskd.students.measuring import measure_importance
 from dskd.students.pruned_teacher import can_be_compared, compare_with_pruned_teacher
 from dskd.students.spacing import as_text, choose_layers, num_removed_layers, settings_of

@@ -21,7 +21,7 @@ from dskd.students.spacing import Importance
 
 
 class Text(NamedTuple):
-    """Sequences as a model reads them."""
+    """The sequences as a model reads them."""
 
     input_ids: torch.Tensor  # [B, T]
     position_ids: torch.Tensor | None  # [B, T]; None if those of each row count up from 0

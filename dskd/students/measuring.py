@@ -12,10 +12,10 @@ from dskd.corpus.sequences import Sequences, load_sequences
 from dskd.distributed.world import World, uses_gpu
 from dskd.errors import UserError
 from dskd.models.files.folder import ModelFolder
-from dskd.models.files.stored_names import base_model
 from dskd.models.files.weights import TensorReader
 from dskd.models.running.frozen import Decoder
 from dskd.models.running.precision import compute_dtype, resolve_precision
+from dskd.models.structure.base_model import base_model
 from dskd.models.structure.causal_lm import load_resident
 from dskd.random_numbers import derived_seed, random_bits
 from dskd.students.importance import Text, measure_blocks

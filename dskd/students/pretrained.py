@@ -12,10 +12,10 @@ from dskd.console import say, stage
 from dskd.errors import UserError
 from dskd.models.checks.architecture import check_architecture
 from dskd.models.files.folder import ModelFolder, attention_key, find_pretrained_student
-from dskd.models.files.stored_names import check_stored_tensors
 from dskd.models.files.weights import TensorReader, write_weights
 from dskd.models.limits import vocabulary_size
 from dskd.models.structure.causal_lm import empty_model
+from dskd.models.structure.stored_names import check_stored_tensors
 from dskd.models.structure.trained import choose_trained
 from dskd.students.cutting import copy_other_files, load_if_small, without_place
 from dskd.students.same_tokenizer import require_same_tokenizer
@@ -66,8 +66,8 @@ def _require_all_tokens(teacher: ModelFolder, student: ModelFolder) -> None:
         UserError: if it has fewer.
     """
     size, needed = vocabulary_size(student.load_config()), max(teacher.tokenizer.get_vocab().values()) + 1
-    if (of_teacher := vocabulary_size(teacher.load_config())) is not None:
-        needed = min(needed, of_teacher)
+    if (teacher_size := vocabulary_size(teacher.load_config())) is not None:
+        needed = min(needed, teacher_size)
     if size is not None and size < needed:
         raise UserError(
             f"student.path: {student.path} has {size} tokens (vocab_size of its config.json), 0 to {size - 1}, and "

@@ -15,9 +15,9 @@ from dskd.errors import UserError, reason_of
 from dskd.models.checks.agreement import PROBE_TOKENS, probe_inputs
 from dskd.models.checks.reference import SMALL_BYTES, load_whole, relative_difference
 from dskd.models.files.folder import BAD_CONFIG, ModelFolder
-from dskd.models.files.stored_names import base_model
 from dskd.models.files.weights import TensorReader
 from dskd.models.limits import position_limit
+from dskd.models.structure.base_model import base_model
 from dskd.models.structure.layers import input_states, layers_of
 
 _TOLERANCE = 1e-5  # relative to the norm of the states; healthy architectures do not differ at all

@@ -122,7 +122,7 @@ def start_tracking(
 
 
 class MLflowTracker:
-    """Rank 0's tracker, which sends messages from a separate thread."""
+    """The tracker of rank 0, which sends messages from a separate thread."""
 
     def __init__(
         self,

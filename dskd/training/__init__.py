@@ -3,7 +3,7 @@
 train                 the loop
 step                  one optimizer step: its data, and how it is computed
 freed_memory          keeps memory that a step frees for the next one
-run                   everything that the loop uses; yields the steps, each with its data
+prepared_run          everything that the loop uses; yields the steps, each with its data
 setup                 prepares that from the config
 inputs                opens and checks what training reads, and hashes it into the run's recipe
 schedule              the number of steps, their batch sizes and learning rates

@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
     A step allocates and frees the same tensors as the one before, such as the logits of a chunk. By default glibc
     returns those above 32 MiB to the system at once and maps new pages for the next ones, which the system fills with
     zeros: on a CPU that takes some percent of a step. No result depends on it. The process holds as much as at its
-    peak and what lies idle between tensors. Variables `MALLOC_…` that the user has set have precedence, and other C
+    peak and the unused memory between tensors. Variables `MALLOC_…` that the user has set have precedence, and other C
     libraries have no such settings.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -86,7 +86,8 @@ def load_inputs(config: Config, teacher: ModelFolder | None = None) -> TrainingI
 def _width_of_senses(config: Config, teacher: ModelFolder, student: ModelFolder) -> int:
     """Returns the width that the sense embeddings must have.
 
-    It is the teacher's. A cut student has the same, unless it was cut from another teacher, whose senses would not fit.
+    It is the teacher's width; for a cut student we take the student's, which differs only if it was cut from another
+    teacher.
     """
     model = student if config.student.origin == "cut" else teacher
     return int(model.load_config().hidden_size)

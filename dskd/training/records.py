@@ -15,7 +15,7 @@ from dskd.models.running.precision import compute_dtype
 from dskd.tracking import Tracker, describe_dataset, git_commit
 from dskd.training.inputs import TrainingInputs
 from dskd.training.models.pair import ModelPair
-from dskd.training.run import Run
+from dskd.training.prepared_run import Run
 from dskd.training.schedule import Schedule, describe_learning_rate
 from dskd.training.step import Step, StepResult
 

@@ -22,6 +22,7 @@ from dskd.training.checkpoints.loading import load_checkpoint, needs_universal
 from dskd.training.checkpoints.writing import remove_leftovers, require_space
 from dskd.training.data.loader import load_steps
 from dskd.training.exporting.rehearsal import rehearse_export
+from dskd.training.freed_memory import keep_freed_memory
 from dskd.training.inputs import (
     TrainingInputs,
     build_collator,
@@ -32,8 +33,8 @@ from dskd.training.inputs import (
     verify_inputs,
 )
 from dskd.training.models.pair import ModelPair, load_pair
+from dskd.training.prepared_run import Run
 from dskd.training.records import datasets_of, describe_run, report_teacher, tags_of
-from dskd.training.run import Run
 from dskd.training.schedule import Schedule, plan_schedule
 from dskd.training.width_fit import fit_width_map
 
@@ -79,6 +80,8 @@ def set_up(config: Config, world: World, *, began: float, resume: bool, overwrit
     tracker = _track(config, world, inputs, pair, run_recipe, start, overwrite=overwrite)
     if fit is not None:
         tracker.log_metrics({"width_map/r_squared": fit.r_squared}, 0)
+    if world.device.type == "cpu":  # not before, so that what loading the models took and freed is returned
+        keep_freed_memory()
     return Run(config, world, run_recipe, schedule, steps_done, pair, batches, tracker, began)
 
 

@@ -16,11 +16,10 @@ from dskd.distributed.world import World
 from dskd.senses.dictionary import dictionary_folder
 from dskd.training.checkpoints.writing import save_checkpoint
 from dskd.training.data.loader import shorter_shards_named
-from dskd.training.freed_memory import keep_freed_memory
+from dskd.training.prepared_run import Run
 from dskd.training.records import TrainingProgress, ended_in_mlflow
-from dskd.training.run import Run
 from dskd.training.setup import set_up
-from dskd.training.step import train_step
+from dskd.training.step import Step, StepResult, train_step
 
 
 def train(config: Config, world: World, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -43,8 +42,6 @@ def train(config: Config, world: World, *, resume: bool = False, overwrite: bool
     ):
         run = set_up(config, world, began=began, resume=resume, overwrite=overwrite)
         if run is not None:
-            if world.device.type == "cpu":  # not before, so that what loading the models took and freed is returned
-                keep_freed_memory()
             _train(run)
 
 
@@ -67,9 +64,7 @@ def _train(run: Run) -> None:
                 stop_requested=stop_request.is_pending,
             )
             progress.report(step, result)
-            # A request that arrives during a step with a checkpoint stops the run now: otherwise it would train one
-            # more step and write another checkpoint.
-            stops = result.stop_requested or (step.needs_checkpoint and any_rank(stop_request.is_pending, run.world))
+            stops = _stops_after(step, result, stop_request, run.world)
             if stops or step.needs_checkpoint:
                 run.tracker.save_unsent()
                 save_checkpoint(run.pair, run.config, run.recipe, progress.checkpoint_facts(step), run.world)
@@ -77,3 +72,12 @@ def _train(run: Run) -> None:
                 raise stopping.Stopped(
                     f"stopped at step {step.number} of {run.schedule.total_steps} on request; continue with --resume"
                 )
+
+
+def _stops_after(step: Step, result: StepResult, stop_request: stopping.StopRequest, world: World) -> bool:
+    """Returns True if the run stops after a step, with the same answer on every rank; they all must call it.
+
+    A request that arrives during a step with a checkpoint stops the run now: otherwise it would train one more step and
+    write another checkpoint.
+    """
+    return result.stop_requested or (step.needs_checkpoint and any_rank(stop_request.is_pending, world))

@@ -23,7 +23,7 @@ from dskd.config.reading import load_config
 from dskd.corpus.tasks.benchmarks import BENCHMARKS
 from dskd.corpus.tasks.prompts import Prompter
 from dskd.errors import OutageError, UserError
-from dskd.evaluation.models import Candidate
+from dskd.evaluation.models import EvaluatedModel
 from dskd.evaluation.task_questions import load_task
 from dskd.evaluation.tasks import check_prompts, run_tasks
 from dskd.models.files.folder import ModelFolder, find_teacher
@@ -249,7 +249,7 @@ def test_a_prompt_with_a_token_that_the_model_lacks_is_refused(tmp_path):
     tokenizer.add_tokens([f"more{number}" for number in range(size - len(tokenizer))])
     loaded = Config(workdir=str(tmp_path), teacher={"path": "x"}, tasks={**PLACES, "choice_shots": 2})
     task = load_task(loaded, BENCHMARKS["piqa"])
-    candidate = Candidate("teacher", ModelFolder(tmp_path, ""))
+    candidate = EvaluatedModel("teacher", ModelFolder(tmp_path, ""))
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} <|im_end|>{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
     check_prompts(loaded, candidate, Prompter(tokenizer), [task])

@@ -19,9 +19,9 @@ from dskd.corpus.sequences import open_sequences, position_ids_of
 from dskd.errors import UserError
 from dskd.losses.head import DistillationHead, HeadSizes, Normalizers
 from dskd.models.files.folder import find_teacher
-from dskd.models.files.stored_names import base_model
 from dskd.models.running.frozen import Decoder
 from dskd.models.running.sampling import Sampling, load_sampler
+from dskd.models.structure.base_model import base_model
 from dskd.students.measuring import measure_importance
 from dskd.training.data.sense_bank import free_bytes, load_bank, require_room
 from dskd.training.models.width_map import StateSums

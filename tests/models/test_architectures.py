@@ -17,8 +17,8 @@ from dskd.errors import UserError
 from dskd.models.checks.architecture import check_architecture
 from dskd.models.checks.probes import check_documents
 from dskd.models.files.folder import ModelFolder
-from dskd.models.files.stored_names import base_model
 from dskd.models.running.frozen import Decoder
+from dskd.models.structure.base_model import base_model
 from dskd.models.structure.causal_lm import empty_model
 from dskd.models.structure.cut_config import cut_config
 from dskd.models.structure.layers import check_kinds

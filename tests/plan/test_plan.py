@@ -135,6 +135,16 @@ def test_a_step_is_as_fast_as_the_disk_delivers_its_stored_states(tmp_path):
     assert plan_of(0.99 * least).comparison.gain < 1 < plan_of(1.01 * least).comparison.gain
     flops = computed.speed.flops_per_token["teacher_layers"] * 16 * 1000
     assert slow.comparison.storing_s >= flops / 4 / 1e14
+    # One run of the teacher serves the dictionary and the shards, unless annotation needs more of it.
+    both = slow.comparison.disk
+    assert slow.disk.sample_kept * 1000 == slow.disk.sample_states * 1000 == both
+    text = format_plan(slow)
+    assert "of disk, and twice that until the shards are complete" in text
+    assert "the same, kept until the shards are complete" in text
+    assert re.search(r"the dictionary runs the teacher once, for about [\d.,]+ hours, and annotation does not;", text)
+    more = plan_of(1e3, "annotation.teacher_top_n=3")
+    assert (more.disk.sample_kept, more.comparison.reads_once) == (0, False)
+    assert re.search(r"annotation runs the teacher once, for about [\d.,]+ hours;", format_plan(more))
 
 
 @pytest.mark.parametrize("rate", ["0", "-1", "abc", "5GB", "5MB", "nan", "inf", "1e300", "1e-300", ""])

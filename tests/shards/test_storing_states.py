@@ -30,7 +30,7 @@ from dskd.models.running.frozen import load_frozen
 from dskd.shards import COLUMNS, TEACHER_COLUMNS, StoredStates, digest_without_states, open_shards
 from dskd.shards.annotate import annotate
 from dskd.shards.recipe import open_inputs, recipe
-from dskd.shards.stored_states import (
+from dskd.shards.storing_states import (
     columns_of_states,
     describe_stored,
     plan_stored,

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from dskd.corpus.sequences import position_ids_of
 from dskd.errors import UserError
-from dskd.models.files.stored_names import base_model
 from dskd.models.running.frozen import Decoder
+from dskd.models.structure.base_model import base_model
 from dskd.students.importance import Text, measure_blocks
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from dskd.artifacts.manifest import is_current, read_manifest
 from dskd.config.reading import load_config
 from dskd.errors import UserError
 from dskd.models.files.folder import find_teacher
-from dskd.shards.stored_states import plan_stored
+from dskd.shards.storing_states import plan_stored
 from dskd.students.cutting import recipe
 from dskd.students.measuring import sample_rows
 from dskd.students.spacing import require_chosen_layers

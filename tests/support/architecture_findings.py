@@ -33,8 +33,8 @@ from dskd.losses.head import Normalizers
 from dskd.models.checks.architecture import check_architecture
 from dskd.models.checks.probes import check_documents
 from dskd.models.files.folder import ModelFolder, find_teacher
-from dskd.models.files.stored_names import base_model
 from dskd.models.running.frozen import load_frozen
+from dskd.models.structure.base_model import base_model
 from dskd.models.structure.final_norm import final_norm_names
 from dskd.models.structure.layers import layers_of
 from dskd.students.student import build_student, find_student

@@ -21,8 +21,8 @@ import dskd.artifacts.building
 import dskd.artifacts.manifest
 import dskd.distributed.node_cache
 import dskd.distributed.shared_memory
-import dskd.senses.build
 import dskd.shards.annotate
+import dskd.shards.reading
 from dskd.artifacts.hashing import hash_files
 from dskd.cli.program import run, run_on_ranks
 from dskd.config import Config
@@ -62,7 +62,7 @@ def build(stage: str, config: Path, environment: dict[str, str], log: Path, *, d
         loaded = load_config(config)
         world = initialize(60)
         if stage == "senses":
-            dskd.senses.build.build_senses(loaded, world)
+            dskd.shards.reading.build_senses_and_keep_states(loaded, world)
         else:
             dskd.shards.annotate.annotate(loaded, world)
         os._exit(0)  # as the programs do: gloo's threads can abort an interpreter that shuts down
@@ -304,8 +304,8 @@ def _examine_experts(folder: Path, lengths: Sequence[int], world: World) -> None
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
-    from dskd.models.files.stored_names import base_model
     from dskd.models.running.frozen import Decoder
+    from dskd.models.structure.base_model import base_model
     from dskd.models.structure.causal_lm import build_sharded, engine_settings
 
     config = Config(

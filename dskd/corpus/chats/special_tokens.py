@@ -15,7 +15,7 @@ _NEUTRAL = "x"
 
 
 class SpecialTokenError(ChatError):
-    """Raised when what a chat says contains a special token, with its place."""
+    """The error that is raised when what a chat says contains a special token, with its place."""
 
 
 class SpecialTokens:

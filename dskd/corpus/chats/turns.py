@@ -36,7 +36,7 @@ Message = dict[str, Any]
 
 
 class ChatError(ValueError):
-    """Raised when a record is not a chat that can be trained on."""
+    """The error that is raised when a record is not a chat that can be trained on."""
 
 
 @dataclass(frozen=True)

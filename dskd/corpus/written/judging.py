@@ -73,7 +73,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class SensesWithText:
-    """Counts of the senses that were asked for, of those with a text, and of texts by their outcome."""
+    """The counts of the senses that were asked for, of those with a text, and of texts by their outcome."""
 
     asked: int  # the name that the manifest of the corpus has, too
     with_text: int

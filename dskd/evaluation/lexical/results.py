@@ -16,7 +16,7 @@ from dskd.evaluation import held_out_text
 from dskd.evaluation.evaluations import HELD_OUT, LEXICAL
 from dskd.evaluation.lexical.alignment import MEASURES as OF_POSITIONS
 from dskd.evaluation.lexical.scores import Item, columns_of, summarize
-from dskd.evaluation.models import TEACHER, UNTRAINED_STUDENT, Candidate
+from dskd.evaluation.models import TEACHER, UNTRAINED_STUDENT, EvaluatedModel
 from dskd.evaluation.scores_by_example import Examples, Measure, read_examples, save_examples, standard_error
 from dskd.evaluation.suite import EXAMPLES_FILE, FILE, Measurement, Outcome
 
@@ -34,7 +34,7 @@ _ITEMS_SCHEMA = pa.schema(  # the fields of an Item, in their order
 Summary = dict[str, dict[str, Any]]
 
 
-def _perplexity(config: Config, candidate: Candidate) -> Summary:
+def _perplexity(config: Config, candidate: EvaluatedModel) -> Summary:
     """Returns the perplexity on lexical targets, from the scores of the evaluation on held-out text."""
     vocab_size = candidate.folder.load_config().vocab_size
     path = HELD_OUT.folder_of(config, candidate.name) / EXAMPLES_FILE

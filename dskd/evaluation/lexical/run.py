@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dskd.artifacts import kinds
 from dskd.artifacts.manifest import Manifest, Recipe
 from dskd.config import Config
 from dskd.console import say
@@ -20,7 +21,7 @@ from dskd.evaluation.lexical.items import Items, build_items, load_items
 from dskd.evaluation.lexical.results import Summary, comparison, outcome
 from dskd.evaluation.lexical.scores import Item, area
 from dskd.evaluation.lexical.states import TARGET, WORD, Tokens, read_likelihoods, read_states
-from dskd.evaluation.models import Candidate, candidates, choose, same_on_all_ranks
+from dskd.evaluation.models import EvaluatedModel, candidates, choose, same_on_all_ranks
 from dskd.evaluation.suite import Measurement, Outcome
 from dskd.models.limits import check_text
 from dskd.models.running.frozen import FrozenModel
@@ -61,11 +62,11 @@ def run_lexical(config: Config, world: World, names: Sequence[str] | None = None
     on_main(lambda: say(f"\n{comparison(config, [model.name for model in models], manifest)}"))
 
 
-def recipe(config: Config, candidate: Candidate, inputs: HeldOutInputs, items: Manifest) -> Recipe:
+def recipe(config: Config, candidate: EvaluatedModel, inputs: HeldOutInputs, items: Manifest) -> Recipe:
     """Returns everything that a model's results depend on; the batch size is not part of it."""
     evaluated = held_out_text.recipe(config, candidate, inputs)
     return Recipe(
-        "lexical",
+        kinds.LEXICAL.name,
         {**evaluated.inputs, "items": items.digest},
         {"precision": resolve_precision(config.precision)},
         evaluated.teacher,
@@ -73,7 +74,7 @@ def recipe(config: Config, candidate: Candidate, inputs: HeldOutInputs, items: M
     )
 
 
-def check_items(items: Items, models: Sequence[Candidate], tokenizer: Any) -> None:
+def check_items(items: Items, models: Sequence[EvaluatedModel], tokenizer: Any) -> None:
     """Raises a UserError if a text of the items has a token that a model lacks, or more tokens than it has positions.
     `tokenizer` is the teacher's, which made their tokens.
     """

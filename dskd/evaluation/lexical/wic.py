@@ -35,7 +35,7 @@ class Marked(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two sentences with the same word."""
+    """A pair of sentences with the same word."""
 
     name: str  # FILE:LINE
     word: str

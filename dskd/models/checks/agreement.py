@@ -16,8 +16,8 @@ import torch
 from dskd.errors import UserError, listed
 from dskd.models.checks.loading import load_with_transformers
 from dskd.models.checks.probes import accepts, takes_positions
-from dskd.models.files.stored_names import StoredNames
 from dskd.models.files.weights import TensorReader
+from dskd.models.structure.stored_names import StoredNames
 
 PROBE_TOKENS = 32
 # A relative difference of a token's logits (norm of the difference / norm of the logits) up to this is always accepted.

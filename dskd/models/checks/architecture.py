@@ -13,9 +13,9 @@ from dskd.errors import UserError
 from dskd.models.checks.head_probe import find_logit_transform
 from dskd.models.checks.probes import accepts, takes_positions
 from dskd.models.files.folder import ModelFolder
-from dskd.models.files.stored_names import base_model
 from dskd.models.files.weights import LAYER_NAME
 from dskd.models.limits import original_positions, rope_scaling
+from dskd.models.structure.base_model import base_model
 from dskd.models.structure.causal_lm import empty_model
 
 # These failed a trial on two ranks with different tokens, under ZeRO-3 with all experts gathered as one module.

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dskd.errors import UserError, first_line
 from dskd.models.files.folder import ModelFolder
-from dskd.models.files.stored_names import base_model
+from dskd.models.structure.base_model import base_model
 from dskd.models.structure.output_head import LogitTransform
 
 # Keys of config.json by which the products of states and output matrix are multiplied, divided or capped.

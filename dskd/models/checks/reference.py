@@ -18,10 +18,11 @@ from dskd.distributed.world import World
 from dskd.errors import UserError, listed
 from dskd.models.checks.probes import takes_positions
 from dskd.models.files.folder import ModelFolder
-from dskd.models.files.stored_names import StoredNames, base_model, base_model_name, persistent_buffers
 from dskd.models.files.weights import TensorReader
+from dskd.models.structure.base_model import base_model, base_model_name
 from dskd.models.structure.causal_lm import config_without_dropout, empty_model
 from dskd.models.structure.layers import kind_of, recorded
+from dskd.models.structure.stored_names import StoredNames, persistent_buffers
 
 # The largest accepted difference, relative to the norm of the states. In the same type on the same device, healthy
 # architectures differ hardly at all.

@@ -4,7 +4,6 @@ folder        a model's folder on disk or on the Hub: finding it, checking it, a
 digests       the digests of a model's files, each hashed once
 model_config  reads a folder's config.json for the installed transformers, or refuses it
 weights       the tensors in a folder's safetensors files
-stored_names  the names of a model's tensors in those files, and the check that none is missing or left over
 gguf_file     reads what a GGUF file says about its model
 smollm2       fetches the quickstart's teacher
 """

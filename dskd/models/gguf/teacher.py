@@ -26,12 +26,12 @@ from dskd.models.checks.room import require_room
 from dskd.models.files.digests import gguf_digest, gguf_path
 from dskd.models.files.folder import ModelFolder, find_tokenizer_folder, load_tokenizer, tokenizer_files_digest
 from dskd.models.files.gguf_file import GgufFile, read_gguf
-from dskd.models.files.stored_names import check_stored_tensors
 from dskd.models.files.weights import TensorReader
 from dskd.models.gguf.config import check_tensors, read_config
 from dskd.models.gguf.tokenizer import PROBES, build_tokenizer, compare_tokenizers, turn_ends
 from dskd.models.limits import check_limits
 from dskd.models.structure.causal_lm import empty_model
+from dskd.models.structure.stored_names import check_stored_tensors
 
 # The keys of a GGUF file that say where its model comes from, without general. at their beginning.
 _PROVENANCE = ("name", "organization", "author", "license", "license.link", "url", "source.url", "repo_url", "finetune")

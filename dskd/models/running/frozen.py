@@ -23,10 +23,10 @@ from dskd.models.checks.head_probe import find_logit_transform
 from dskd.models.checks.probes import check_documents
 from dskd.models.checks.reference import compare_with_transformers
 from dskd.models.files.folder import ModelFolder
-from dskd.models.files.stored_names import base_model
 from dskd.models.running.nvme import nvme_settings, open_nvme_folder
 from dskd.models.running.packed_mask import build_masks_by_broadcasting
 from dskd.models.running.precision import compute_dtype
+from dskd.models.structure.base_model import base_model
 from dskd.models.structure.causal_lm import (
     build_sharded,
     destroy_engine,

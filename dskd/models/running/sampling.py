@@ -25,11 +25,11 @@ from dskd.errors import UserError
 from dskd.models.checks.architecture import check_architecture
 from dskd.models.checks.reference import compare_with_transformers
 from dskd.models.files.folder import ModelFolder
-from dskd.models.files.stored_names import base_model
 from dskd.models.files.weights import TensorReader
 from dskd.models.running.frozen import Decoder, frozen_settings
 from dskd.models.running.generation import before_end, end_tokens
 from dskd.models.running.precision import compute_dtype
+from dskd.models.structure.base_model import base_model
 from dskd.models.structure.causal_lm import build_sharded, destroy_engine, empty_tensors, load_resident
 from dskd.random_numbers import uniform
 
@@ -39,7 +39,7 @@ _ROOM = 2.0  # times the weights: keys and values, logits, and what else is in t
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings: the maximum number of new tokens, the temperature and top-p."""
+    """The sampling settings: the maximum number of new tokens, the temperature and top-p."""
 
     max_new_tokens: int
     temperature: float

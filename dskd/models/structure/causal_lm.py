@@ -15,10 +15,10 @@ from torch import nn
 from dskd.distributed.world import World
 from dskd.errors import UserError, reason_of
 from dskd.models.files.folder import BAD_CONFIG, ModelFolder
-from dskd.models.files.stored_names import StoredNames, check_stored_tensors, parameter_names, persistent_buffers
 from dskd.models.files.weights import LAYER_NAME, TensorReader
 from dskd.models.structure.cut_config import cut_config
 from dskd.models.structure.layers import compare_layers
+from dskd.models.structure.stored_names import StoredNames, check_stored_tensors, parameter_names, persistent_buffers
 
 # What ZeRO-3 gathers, in numbers of elements. Norms and biases, up to this multiple of the hidden size, stay gathered,
 # and anything larger is sharded; transformers uses this rule for "auto". The rest are DeepSpeed's own defaults, set

@@ -14,8 +14,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dskd.errors import UserError
-from dskd.models.files.stored_names import base_model
 from dskd.models.files.weights import LAYER_NAME
+from dskd.models.structure.base_model import base_model
 
 
 def final_norm_names(causal_lm: Any) -> set[str]:

@@ -25,7 +25,7 @@ from dskd.models.structure.trained import trained_layers, trains_embeddings
 
 
 class TrunkError(UserError):
-    """Raised when there is no shared trunk, with the reason in words that a user can act on."""
+    """The error that there is no shared trunk, with the reason in words that a user can act on."""
 
 
 def trunk_depth(

@@ -59,7 +59,7 @@ def make_universal(checkpoint: Path) -> None:
     except BaseException:  # whatever the error, the incomplete folder only takes space
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    (checkpoint.parent / "latest_universal").unlink()  # not needed: `load` names the folder
+    (checkpoint.parent / "latest_universal").unlink(missing_ok=True)  # not needed: `load` names the folder
     replace_folder(partial, target)
 
 

@@ -11,7 +11,6 @@ block. A worker has read them before, which brings them into the page cache; it 
 import contextlib
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import threading
@@ -32,10 +31,12 @@ from dskd.artifacts.mds import INDEX
 from dskd.config import Config
 from dskd.console import gigabytes
 from dskd.distributed import stopping
+from dskd.distributed.torch_errors import is_death_of_worker
 from dskd.distributed.world import World
 from dskd.errors import OutageError, UserError, reason_of
 from dskd.random_numbers import derived_seed
-from dskd.training.data.packed_step import Blocks, CudaCopier, FileReader, PackedStep, StepBatches, copy_ahead
+from dskd.shards.sample_files import find_changed_size
+from dskd.training.data.packed_step import Buffers, CudaCopier, FileReader, PackedStep, StepBatches, copy_ahead
 from dskd.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 Collate = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
 
 PREFETCHED_STEPS = 2  # per worker
-COMPLETED_STEPS = 3  # blocks with all of a step that a rank holds: of the step that runs, the next, and the one after
+COMPLETED_STEPS = 3  # buffers with all of a step that a rank holds: of the step that runs, the next, and the one after
 
 
 def load_steps(
@@ -105,7 +106,7 @@ def load_steps(
         # Without a timeout, a worker waits forever for a shard that another rank's worker failed to fetch.
         timeout=config.train.collective_timeout_s if workers else 0,
     )
-    packed = itertools.islice(_steps_in(loader, config, dataset), schedule.total_steps - start_step)
+    packed = itertools.islice(_steps_in(loader, config, dataset.folder), schedule.total_steps - start_step)
     complete = _complete_ahead(packed, config, pinned=on_cuda)
     for step in copy_ahead(complete, CudaCopier(world.device)) if on_cuda else complete:
         yield step.unpack(sense_bank)
@@ -204,9 +205,7 @@ def _collate_packed(collate: Collate, samples: list[dict[str, Any]] | Unreadable
     return PackedStep.of(collate(samples)) if samples else None
 
 
-def _steps_in(
-    loader: Iterable[PackedStep | Unreadable | None], config: Config, dataset: "ShardDataset"
-) -> Iterator[PackedStep]:
+def _steps_in(loader: Iterable[PackedStep | Unreadable | None], config: Config, folder: Path) -> Iterator[PackedStep]:
     try:
         for step in loader:
             if isinstance(step, Unreadable):
@@ -216,7 +215,7 @@ def _steps_in(
     except (RuntimeError, ConnectionError, EOFError) as error:
         is_torchs = isinstance(error, RuntimeError)
         # A file that becomes shorter while a worker copies from its map ends the worker with a bus error.
-        if (not is_torchs or "DataLoader worker" in str(error)) and (changed := dataset.find_changed_size()):
+        if (not is_torchs or is_death_of_worker(error)) and (changed := find_changed_size(folder)):
             raise Unreadable.of(changed, config).as_error() from error
         if not is_torchs:  # it died while the rank took over a step from it, before torch noticed
             raise RuntimeError("a DataLoader worker exited unexpectedly while it handed over a step") from error
@@ -236,19 +235,10 @@ def shorter_shards_named(config: Config) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" in str(error) and (changed := _find_changed_size(config)):
+        folder = config.path(kinds.SHARDS.folder, "train")
+        if is_death_of_worker(error) and (changed := find_changed_size(folder)):
             raise Unreadable.of(changed, config).as_error() from error
         raise
-
-
-def _find_changed_size(config: Config) -> ValueError | None:
-    """Returns the error of the first shard in the work directory that has another size than its index says."""
-    folder = config.path(kinds.SHARDS.folder, "train")
-    for shard in json.loads((folder / INDEX).read_text())["shards"]:
-        file, size = folder / shard["raw_data"]["basename"], shard["raw_data"]["bytes"]
-        if file.is_file() and file.stat().st_size != size:  # a compressed shard has only its other file there
-            return ValueError(f"{file} has {file.stat().st_size:,} bytes, but the index says {size:,}")
-    return None
 
 
 def _complete_ahead(steps: Iterator[PackedStep], config: Config, *, pinned: bool) -> Iterator[PackedStep]:
@@ -256,11 +246,11 @@ def _complete_ahead(steps: Iterator[PackedStep], config: Config, *, pinned: bool
 
     On a GPU (`pinned`), it also copies steps without them to page-locked memory.
     """
-    reader, blocks = FileReader(), Blocks(pinned=pinned)
+    reader, buffers = FileReader(), Buffers(pinned=pinned)
 
     def complete(step: PackedStep) -> PackedStep:
         try:
-            return step.complete(reader, blocks) if step.to_read or pinned else step
+            return step.complete(reader, buffers) if step.to_read or pinned else step
         except (OSError, ValueError) as error:
             raise Unreadable.of(error, config).as_error() from None
 

@@ -19,7 +19,7 @@ _ON_HOST = "sample_ids"  # stays in host memory: only messages need it
 
 
 class Counts(NamedTuple):
-    """Numbers of positions of a step, by the terms they take part in."""
+    """The number of positions in a step that each term counts."""
 
     targets: int  # with CE, KL and hidden-state distance: all with a target, or those that are drawn of them
     senses: int  # with a sense term
@@ -172,14 +172,14 @@ class PackedStep:
         sample_ids = [batch[_ON_HOST].tolist() for batch in micro_batches]
         return cls(buffer, layout, sample_ids, count_positions(micro_batches), to_read, size)
 
-    def complete(self, reader: FileReader, blocks: "Blocks") -> "PackedStep":
-        """Returns the step in a block that has its states and sense rows, too; `reader` reads them.
+    def complete(self, reader: FileReader, buffers: "Buffers") -> "PackedStep":
+        """Returns the step in a buffer that has its states and sense rows, too; `reader` reads them.
 
         Raises:
             ValueError: if a sample has changed; the message names it.
             OSError: if a file cannot be read.
         """
-        buffer = blocks.take(self.num_bytes)
+        buffer = buffers.take(self.num_bytes)
         buffer[: len(self.buffer)].copy_(self.buffer)
         content = buffer.numpy()
         for part in self.to_read:
@@ -208,14 +208,14 @@ class PackedStep:
         return StepBatches(batches, self.counts)
 
 
-class Blocks:
-    """The blocks of host memory that hold whole steps; a block is used again when no tensor refers to it any more.
+class Buffers:
+    """The buffers in host memory that hold whole steps; a buffer is used again when no tensor refers to it any more.
 
     For every new page the system clears memory, which takes longer than the copy into it.
     """
 
     def __init__(self, *, pinned: bool) -> None:
-        """Prepares blocks; if `pinned`, they are page-locked, and torch reuses them itself."""
+        """Prepares buffers; if `pinned`, they are page-locked, and torch reuses them itself."""
         self._pinned = pinned
         self._free: list[np.ndarray] = []
         self._largest = 0
@@ -225,12 +225,12 @@ class Blocks:
         if self._pinned:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
         self._largest = max(self._largest, num_bytes)
-        block = self._free.pop() if self._free else np.empty(0, np.uint8)
-        if len(block) < num_bytes:
-            block = np.empty(self._largest, np.uint8)
-        # Every tensor in the block refers to this view of it, and not to the block.
-        view = block[:num_bytes]
-        weakref.finalize(view, self._free.append, block).atexit = False
+        buffer = self._free.pop() if self._free else np.empty(0, np.uint8)
+        if len(buffer) < num_bytes:
+            buffer = np.empty(self._largest, np.uint8)
+        # Every tensor in the buffer refers to this view of it, and not to the buffer.
+        view = buffer[:num_bytes]
+        weakref.finalize(view, self._free.append, buffer).atexit = False
         return torch.from_numpy(view)
 
 

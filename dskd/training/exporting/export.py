@@ -22,9 +22,9 @@ from dskd.console import say, stage, warn
 from dskd.errors import OutageError, UserError
 from dskd.models.checks.agreement import check_agreement
 from dskd.models.files.folder import ModelFolder
-from dskd.models.files.stored_names import StoredNames, parameter_names
 from dskd.models.files.weights import TensorReader, write_weights
 from dskd.models.structure.causal_lm import empty_model
+from dskd.models.structure.stored_names import StoredNames, parameter_names
 from dskd.students.student import find_student, open_made_model
 from dskd.tracking import forget_unlogged, log_export, note_unlogged, read_unlogged
 from dskd.training.checkpoints import checkpoint

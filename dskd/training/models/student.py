@@ -22,12 +22,13 @@ from dskd.models.checks.head_probe import find_logit_transform
 from dskd.models.checks.probes import check_documents
 from dskd.models.checks.reference import compare_with_transformers
 from dskd.models.files.folder import ModelFolder
-from dskd.models.files.stored_names import StoredNames, base_model, base_model_name, output_name
 from dskd.models.files.weights import TensorReader
 from dskd.models.running.frozen import Decoder
 from dskd.models.running.precision import compute_dtype
+from dskd.models.structure.base_model import base_model, base_model_name
 from dskd.models.structure.causal_lm import MAX_LIVE, build_sharded, empty_model, engine_settings
 from dskd.models.structure.output_head import LogitTransform
+from dskd.models.structure.stored_names import StoredNames, output_name
 from dskd.models.structure.trained import choose_trained
 from dskd.training.models.width_map import build_width_map
 

@@ -44,7 +44,7 @@ def build_width_map(own: int, width: int, dtype: torch.dtype, device: torch.devi
 
 @dataclass
 class StateSums:
-    """Sums over positions in float64, from which the best linear map from vectors x [D] to vectors y [D'] follows."""
+    """The float64 sums over positions from which the best linear map from vectors x [D] to vectors y [D'] follows."""
 
     gram: torch.Tensor  # [D, D], of x xᵀ
     cross: torch.Tensor  # [D, D'], of x yᵀ

@@ -18,8 +18,8 @@ from dskd.errors import UserError
 from dskd.losses.head import Normalizers
 from dskd.models.checks.probes import check_documents
 from dskd.models.files.folder import ModelFolder, find_teacher
-from dskd.models.files.stored_names import base_model
 from dskd.models.running.frozen import Decoder, load_frozen
+from dskd.models.structure.base_model import base_model
 from dskd.training.models.student import load_student
 
 

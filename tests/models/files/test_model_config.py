@@ -15,9 +15,9 @@ from dskd.config import Config
 from dskd.errors import UserError
 from dskd.models.files.folder import ModelFolder, check_model_folder, find_teacher
 from dskd.models.files.model_config import read_model_config
-from dskd.models.files.stored_names import check_stored_tensors
 from dskd.models.files.weights import TensorReader
 from dskd.models.structure.causal_lm import empty_model
+from dskd.models.structure.stored_names import check_stored_tensors
 
 
 def _edit(folder, without=(), **keys):

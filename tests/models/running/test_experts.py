@@ -8,7 +8,7 @@ from rank_processes import finish, fork_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dskd.models.files.stored_names import base_model
+from dskd.models.structure.base_model import base_model
 
 NAMES = ["deepseek-v3", "mixtral", "qwen3-moe", "gpt-oss", "llama4"]
 LENGTHS = [(24, 17), (1, 40)]

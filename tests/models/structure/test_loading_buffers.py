@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dskd.errors import UserError
 from dskd.models.checks.reference import compare_with_transformers
-from dskd.models.files.stored_names import base_model
+from dskd.models.structure.base_model import base_model
 
 LATE = {"yarn": 200, "longrope": 4000, "llama3": 4000, "gpt2": 50}  # positions at which rotations or tables are largest
 # Sharded loading is tried in the format in which a cast buffer shows, and whole models in the one that shows small

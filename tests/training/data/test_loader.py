@@ -19,7 +19,7 @@ from dskd.shards import require_teacher_cache
 from dskd.training.data.collator import Collator
 from dskd.training.data.distribution_candidates import CandidateRows
 from dskd.training.data.loader import _steps_in
-from dskd.training.data.packed_step import Blocks, Counts, CudaCopier, PackedStep, copy_ahead, count_positions
+from dskd.training.data.packed_step import Buffers, Counts, CudaCopier, PackedStep, copy_ahead, count_positions
 from dskd.training.data.positions import SensePositions
 from dskd.training.data.sense_bank import copy_in_pieces, load_bank, require_room
 
@@ -154,17 +154,17 @@ def test_a_packed_step_unpacks_to_the_same_step(folder):
     assert all(same(batch, unpacked) for batch, unpacked in zip(batches, step.micro_batches, strict=True))
 
 
-def test_a_block_is_used_again_only_when_no_tensor_refers_to_it():
-    blocks = Blocks(pinned=False)
-    first = blocks.take(1000)
+def test_a_buffer_is_used_again_only_when_no_tensor_refers_to_it():
+    buffers = Buffers(pinned=False)
+    first = buffers.take(1000)
     place, part = first.data_ptr(), first[100:200].view(torch.float32)
     del first
-    second = blocks.take(500)
+    second = buffers.take(500)
     part.fill_(1)
     second.fill_(0)
     assert part.sum() == 25
     del part
-    third = blocks.take(900)
+    third = buffers.take(900)
     assert third.data_ptr() == place
     assert len(third) == 900
 
@@ -193,18 +193,14 @@ def test_a_worker_that_is_killed_ends_the_run_with_an_error(folder, tmp_path):
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
-def test_a_worker_that_dies_while_it_hands_over_a_step_is_reported_as_any_other(error):
+def test_a_worker_that_dies_while_it_hands_over_a_step_is_reported_as_any_other(error, tmp_path):
     class Loader:
         def __iter__(self):
             yield from ()
             raise error
 
-    class Shards:
-        def find_changed_size(self):
-            return None
-
     with pytest.raises(RuntimeError, match="worker exited unexpectedly"):
-        list(_steps_in(Loader(), None, Shards()))
+        list(_steps_in(Loader(), None, tmp_path))
 
 
 def test_the_next_step_is_copied_while_one_runs():
@@ -273,7 +269,7 @@ def test_shards_without_the_teachers_distributions_are_refused(folder):
         facts = {}
 
     config = config_of(folder, annotation={"teacher_top_n": 4})
-    with pytest.raises(UserError, match=r"hold nothing of the teacher; .* the most probable tokens; make.*annotate.py"):
+    with pytest.raises(UserError, match=r"hold nothing of the teacher; .* the most probable tokens for loss.kd_weight 0.7; make.*annotate.py"):
         require_teacher_cache(config, "train", Shards())
     Shards.config = {"teacher_top_n": 4}
     require_teacher_cache(config, "train", Shards())
@@ -285,6 +281,7 @@ def test_workers_end_with_a_rank_that_is_killed_wherever_they_wait(folder, tmp_p
 
     class Waiting:
         shuffle_seed = 0
+        folder = None
 
         def load_state_dict(self, state):
             pass
