@@ -269,7 +269,10 @@ def test_shards_without_the_teachers_distributions_are_refused(folder):
         facts = {}
 
     config = config_of(folder, annotation={"teacher_top_n": 4})
-    with pytest.raises(UserError, match=r"hold nothing of the teacher; .* the most probable tokens for loss.kd_weight 0.7; make.*annotate.py"):
+    with pytest.raises(
+        UserError,
+        match=r"hold nothing of the teacher; .* the most probable tokens for loss.kd_weight 0.7; make.*annotate.py",
+    ):
         require_teacher_cache(config, "train", Shards())
     Shards.config = {"teacher_top_n": 4}
     require_teacher_cache(config, "train", Shards())
