@@ -31,7 +31,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # The files that take longest, in this order.
 _LONGEST = (
+    "test_quickstart.py",  # if SmolLM2 is here; otherwise it is skipped
     "test_pipeline.py",
+    "test_gguf_teacher.py",
+    "test_kept_reading.py",
     "test_stored_states.py",
     "test_training.py",
     "test_width_map.py",

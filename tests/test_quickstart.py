@@ -47,7 +47,7 @@ def test_the_quickstart_distils_a_real_model(tmp_path, no_runs, monkeypatch):
         for name in ("teacher", "student before training", *RUNS)
     }
     assert perplexity["teacher"] < 2000  # on text that is foreign to it; chance is 49,152
-    assert all(perplexity[run] < perplexity["student before training"] / 100 for run in RUNS)
+    assert all(perplexity[run] < perplexity["student before training"] / 50 for run in RUNS)
     teacher = load_file(work / "teacher" / "model.safetensors")
     for run in RUNS:
         folder = work / "export" / run
