@@ -13,7 +13,7 @@ is the sum of the lengths.
 import bisect
 import functools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,8 @@ def _prepare(config: Config, inputs: DictionaryInputs, done: int) -> StoredState
     assert stored is not None, "checked by reads_once"
     building = _building(config, inputs.teacher, inputs.text, stored)
     building.resume_or_clear()
-    try:
+    with ExitStack() as if_it_fails:
+        if_it_fails.callback(building.release)
         for left in building.folder.glob(".*.partial"):
             left.unlink()
         kept = sum(_kept(building.folder).values())
@@ -191,9 +192,7 @@ def _prepare(config: Config, inputs: DictionaryInputs, done: int) -> StoredState
             "the states that annotation.store names, once here and once in the shards",
             already_written=_size_of(building.folder),
         )
-    except BaseException:
-        building.release()
-        raise
+        if_it_fails.pop_all()
     return stored
 
 
